@@ -1,0 +1,536 @@
+"""Multi-head, grouped-query and multi-query attention: the function, the KV caches, the modules.
+
+One code path serves all three. With `N` query heads and `K` key/value heads the queries are viewed
+as `[B, T, K, G, H]`, `G = N / K`; keys and values are never repeated to `N` heads. `K = N` is
+multi-head attention, `K = 1` is multi-query attention (Shazeer 2019, section 3).
+
+Array letters, those of `jax.nn.dot_product_attention`:
+  B batch   T query length   S key/value length   N query heads   K key/value heads
+  G query heads per key/value head   H head dim   D model dim   W window
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from mqa_jax.sharding import param
+
+
+def causal_mask(query_positions_BT: Array, key_positions_BS: Array, window: int | None = None) -> Array:
+    """Which keys a query may see: those at its own position and before, `window` of them at most.
+
+    Returns:
+      bool `[B, 1, T, S]`, True where `query - window < key <= query`. A negative key position marks
+      an empty cache slot, which nothing sees.
+    """
+    query = query_positions_BT[:, None, :, None]
+    key = key_positions_BS[:, None, None, :]
+    mask = (key <= query) & (key >= 0)
+    return mask if window is None else mask & (key > query - window)
+
+
+def segment_mask(query_segment_ids_BT: Array, key_segment_ids_BS: Array) -> Array:
+    """Keeps packed sentences apart: True where both sides carry the same segment id, not 0 (padding).
+
+    Returns:
+      bool `[B, 1, T, S]`.
+    """
+    query = query_segment_ids_BT[:, None, :, None]
+    key = key_segment_ids_BS[:, None, None, :]
+    return (query == key) & (key != 0)
+
+
+def padding_mask(lengths_B: ArrayLike, length: int) -> Array:
+    """bool `[B, 1, 1, S]`, `S = length`: True for the first `lengths_B[b]` keys of row `b`."""
+    return jnp.arange(length)[None, None, None, :] < jnp.asarray(lengths_B)[:, None, None, None]
+
+
+def dot_product_attention(
+    query_BTNH: ArrayLike,
+    key_BSKH: ArrayLike,
+    value_BSKH: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Scaled dot-product attention in which `N / K` query heads share each key/value head.
+
+    `K = N` is multi-head attention; `K = 1` is the paper's multi-query attention (Shazeer 2019,
+    section 3, where keys and values have no heads axis at all). The softmax is taken in float32
+    whatever the dtype of the inputs.
+
+    Args:
+      query_BTNH: queries.
+      key_BSKH: keys; `K` must divide `N`.
+      value_BSKH: values, of the keys' shape.
+      mask: bool, broadcastable to `[B, N, T, S]` and of rank 4; True = attend. A query that may
+        attend to nothing yields zeros, with a zero gradient.
+      is_causal: query `t` sees keys `0..t`; needs `T == S`.
+      window: query `t` sees keys `t - window + 1 .. t`, causal by itself; needs `T == S` (the
+        paper's local attention, section 4.1, has `window = 32`).
+      scale: what the logits are multiplied by; `H ** -0.5` when None.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of the queries.
+
+    Raises:
+      ValueError: shapes that do not fit, a mask that is not bool, a window below 1, or a causal
+        rule for `T != S` (which key the first query stands at would be a guess: pass a mask).
+    """
+    query_BTNH, key_BSKH, value_BSKH = map(jnp.asarray, (query_BTNH, key_BSKH, value_BSKH))
+    _check_shapes(query_BTNH, key_BSKH, value_BSKH)
+    batch, length = query_BTNH.shape[:2]
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        _check_mask(mask, (batch, query_BTNH.shape[2], length, key_BSKH.shape[1]))
+    if is_causal or window is not None:
+        _check_window(window)
+        if length != key_BSKH.shape[1]:
+            raise ValueError(
+                f"is_causal and window need as many queries as keys, but T={length} and "
+                f"S={key_BSKH.shape[1]}: pass mask=causal_mask(query_positions, key_positions), "
+                "or decode with a cache (Attention.decode)"
+            )
+        positions = jnp.arange(length)[None]
+        causal = causal_mask(positions, positions, window)
+        mask = causal if mask is None else mask & causal
+    key_BKSH, value_BKSH = jnp.swapaxes(key_BSKH, 1, 2), jnp.swapaxes(value_BSKH, 1, 2)
+    return _attend(query_BTNH, key_BKSH, value_BKSH, mask, scale)
+
+
+def _attend(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask: Array | None,
+    scale: float | None = None,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
+    """The attention every public name of this file ends in; keys and values in cache layout."""
+    batch, length, num_heads, head_dim = query_BTNH.shape
+    num_kv_heads = key_BKSH.shape[1]
+    query_BTKGH = query_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim)
+    logits_BKGTS = jnp.einsum(
+        "BTKGH,BKSH->BKGTS", query_BTKGH, key_BKSH, preferred_element_type=jnp.float32
+    )
+    logits_BKGTS *= head_dim**-0.5 if scale is None else scale
+    if mask is not None:
+        if mask.shape[1] == num_heads:
+            mask = mask.reshape(mask.shape[0], num_kv_heads, -1, *mask.shape[2:])
+        else:
+            mask = mask[:, :, None]
+        # A finite fill, so that a row with every key masked has a finite softmax (and gradient);
+        # the second `where` then makes that row zero, as documented.
+        logits_BKGTS = jnp.where(mask, logits_BKGTS, jnp.finfo(jnp.float32).min)
+        weights_BKGTS = jnp.where(mask, jax.nn.softmax(logits_BKGTS), 0.0)
+    else:
+        weights_BKGTS = jax.nn.softmax(logits_BKGTS)
+    weights_BKGTS = weights_BKGTS.astype(value_BKSH.dtype)
+    if dropout is not None:
+        weights_BKGTS = dropout(weights_BKGTS)
+    output_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, value_BKSH)
+    return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every token so far, each row at its own position.
+
+    The layout is heads-major, `[B, K, S, H]`: a decode step then reads each head's keys as one
+    contiguous block.
+
+    Attributes:
+      key: `[B, K, S, H]`.
+      value: `[B, K, S, H]`.
+      length: `[B]` int32, the tokens each row holds, which is the position of its next one.
+    """
+
+    key: Array
+    value: Array
+    length: Array
+
+    def append(self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array):
+        """Writes the first `lengths_B[b]` of `T` tokens of row `b` behind those it holds.
+
+        Returns:
+          the new cache; the keys and values to attend to, `[B, K, S, H]`; the position of each of
+          them, `[B, S]`; and bool `[B]`, the rows that had no room (they hold garbage from then on).
+
+        Raises:
+          ValueError: a row has no room for its tokens. Under `jax.jit` lengths are not known, so
+            there the flags tell it.
+        """
+        capacity = self.key.shape[2]
+        new_length_B = self.length + lengths_B
+        added = key_BTKH.shape[1]
+        if not isinstance(new_length_B, jax.core.Tracer) and jnp.max(new_length_B) > capacity:
+            row = int(jnp.argmax(new_length_B))
+            raise ValueError(
+                f"row {row} of the cache would hold {int(new_length_B[row])} tokens, but it has "
+                f"room for {capacity}: make it longer, init_cache(batch, length)"
+            )
+        offset_BT = jnp.arange(added)[None]
+        slot_BT = jnp.where(
+            offset_BT < lengths_B[:, None], self.length[:, None] + offset_BT, capacity
+        )
+        cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
+        position_BS = jnp.arange(capacity)[None]
+        return cache, cache.key, cache.value, position_BS, new_length_B > capacity
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingCache:
+    """Keys and values of the last `W` tokens: the token at position `p` lies in slot `p mod W`.
+
+    What local attention needs, in memory that does not grow with the length.
+
+    Attributes:
+      key: `[B, K, W, H]`.
+      value: `[B, K, W, H]`.
+      length: `[B]` int32, the tokens each row has seen, which is the position of its next one.
+    """
+
+    key: Array
+    value: Array
+    length: Array
+
+    def append(self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array):
+        """As `KVCache.append`; there is always room, since the oldest tokens make way."""
+        window = self.key.shape[2]
+        new_length_B = self.length + lengths_B
+        offset_BT = jnp.arange(key_BTKH.shape[1])[None]
+        position_BT = self.length[:, None] + offset_BT
+        is_token_BT = offset_BT < lengths_B[:, None]
+        is_last_BT = position_BT >= new_length_B[:, None] - window
+        slot_BT = jnp.where(is_token_BT & is_last_BT, position_BT % window, window)
+        cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
+        no_overflow = jnp.zeros_like(new_length_B, dtype=bool)
+        if key_BTKH.shape[1] == 1:
+            return cache, cache.key, cache.value, cache._positions(), no_overflow
+        # The first of several queries still see tokens that the last of them push out.
+        key_BKSH = jnp.concatenate([self.key, jnp.swapaxes(key_BTKH, 1, 2)], axis=2)
+        value_BKSH = jnp.concatenate([self.value, jnp.swapaxes(value_BTKH, 1, 2)], axis=2)
+        position_BS = jnp.concatenate(
+            [self._positions(), jnp.where(is_token_BT, position_BT, -1)], axis=1
+        )
+        return cache, key_BKSH, value_BKSH, position_BS, no_overflow
+
+    def _positions(self) -> Array:
+        """`[B, W]`: the position of the token in each slot, negative where there is none yet."""
+        newest_B1 = self.length[:, None] - 1
+        window = self.key.shape[2]
+        return newest_B1 - (newest_B1 - jnp.arange(window)[None]) % window
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CrossCache:
+    """Keys and values of an encoder's output, projected once for a whole decode.
+
+    Attributes:
+      key: `[B, K, S, H]`.
+      value: `[B, K, S, H]`.
+      mask: `[B, S]` bool, True for a source token, False for padding.
+    """
+
+    key: Array
+    value: Array
+    mask: Array
+
+
+def _write(cache, key_BTKH: Array, value_BTKH: Array, slot_BT: Array, length_B: Array):
+    """`cache` with tokens put into their slots; a slot past the end means: do not write."""
+    rows_B1 = jnp.arange(slot_BT.shape[0])[:, None]
+
+    def put(buffer_BKSH: Array, new_BTKH: Array) -> Array:
+        return buffer_BKSH.at[rows_B1, :, slot_BT].set(
+            new_BTKH.astype(buffer_BKSH.dtype), mode="drop"
+        )
+
+    return type(cache)(put(cache.key, key_BTKH), put(cache.value, value_BTKH), length_B)
+
+
+class Attention(nnx.Module):
+    """Attention with `num_heads` query heads over `num_kv_heads` key/value heads, no biases.
+
+    The weights are `query [D, N, H]`, `key [D, K, H]`, `value [D, K, H]` and `out [N, H, D]`, and
+    the module is the einsums of the paper's sections 2.4 and 3.1 around `dot_product_attention`.
+    It holds no state but its weights: caches are passed in and returned.
+
+    Args:
+      d_model: `D`.
+      num_heads: `N`.
+      num_kv_heads: `K`, which must divide `N`.
+      head_dim: `H`; `d_model // num_heads` when None.
+      window: local self-attention: a token sees itself and the `window - 1` tokens before it.
+      dropout_rate: for the attention weights; takes effect where `__call__` is given `rngs`.
+      dtype: of the activations and the caches.
+      param_dtype: of the weights.
+      rngs: where the weights' initial values come from.
+
+    Raises:
+      ValueError: a size below 1, `num_kv_heads` that does not divide `num_heads`, or no `head_dim`
+        where `num_heads` does not divide `d_model`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int | None = None,
+        *,
+        window: int | None = None,
+        dropout_rate: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        for name, size in dict(
+            d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads
+        ).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: each "
+                "key/value head serves the same number of query heads"
+            )
+        if head_dim is None:
+            if d_model % num_heads:
+                raise ValueError(
+                    f"num_heads={num_heads} does not divide d_model={d_model}: give head_dim"
+                )
+            head_dim = d_model // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, not {head_dim}")
+        _check_window(window)
+        self.window = window
+        self.dtype = dtype
+        self.dropout = nnx.Dropout(dropout_rate)
+        weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
+        self.query = weight("DNH", (d_model, num_heads, head_dim), fan_in=d_model)
+        self.key = weight("DKH", (d_model, num_kv_heads, head_dim), fan_in=d_model)
+        self.value = weight("DKH", (d_model, num_kv_heads, head_dim), fan_in=d_model)
+        self.out = weight("NHD", (num_heads, head_dim, d_model), fan_in=num_heads * head_dim)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        memory_BSD: Array | None = None,
+        *,
+        mask: Array | None = None,
+        is_causal: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Array:
+        """Attends over a whole sequence: to itself, or to `memory_BSD` where that is given.
+
+        Args:
+          x_BTD: what asks.
+          memory_BSD: what is attended to (cross-attention); `x_BTD` itself when None.
+          mask: bool, rank 4, broadcastable to `[B, N, T, S]`; True = attend.
+          is_causal: a token sees itself and those before it (self-attention only).
+          rngs: dropout is applied when given (stream `dropout`), and is not when None.
+
+        Returns:
+          `[B, T, D]`.
+
+        Raises:
+          ValueError: shapes that do not fit, or a window or `is_causal` with a memory.
+        """
+        self._check_input("x_BTD", x_BTD)
+        is_cross = memory_BSD is not None
+        if is_cross:
+            self._check_input("memory_BSD", memory_BSD, batch=x_BTD.shape[0])
+            if is_causal or self.window is not None:
+                raise ValueError(
+                    f"is_causal={is_causal}, window={self.window} with a memory: cross-attention "
+                    "sees all of its memory; hide keys with a mask"
+                )
+        query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
+        source_BSD = memory_BSD if is_cross else x_BTD
+        key_BKSH = self._project("BSD,DKH->BKSH", source_BSD, self.key)
+        value_BKSH = self._project("BSD,DKH->BKSH", source_BSD, self.value)
+        if mask is not None:
+            _check_mask(mask, (*query_BTNH.shape[:1], query_BTNH.shape[2], x_BTD.shape[1], source_BSD.shape[1]))
+        if is_causal or self.window is not None:
+            positions = jnp.arange(x_BTD.shape[1])[None]
+            causal = causal_mask(positions, positions, self.window)
+            mask = causal if mask is None else mask & causal
+        dropout = None if rngs is None else functools.partial(self.dropout, rngs=rngs)
+        return self._output(_attend(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout))
+
+    def init_cache(self, batch: int, length: int) -> KVCache | RingCache:
+        """An empty cache: of `length` slots, or a ring of `window` slots for local attention."""
+        _, num_kv_heads, head_dim = self.key.shape
+        cache_type, slots = (KVCache, length) if self.window is None else (RingCache, self.window)
+        if batch < 1 or slots < 1:
+            raise ValueError(f"a cache needs batch and length of at least 1, not {batch}, {length}")
+        shape = (batch, num_kv_heads, slots, head_dim)
+        # Two buffers, not one twice: a donated buffer may be given away only once.
+        return cache_type(
+            key=jnp.zeros(shape, self.dtype),
+            value=jnp.zeros(shape, self.dtype),
+            length=jnp.zeros(batch, jnp.int32),
+        )
+
+    def init_cross_cache(self, memory_BSD: Array, mask_BS: Array | None = None) -> CrossCache:
+        """Projects an encoder's output, once; `mask_BS` (bool) is False where it is padding."""
+        self._check_input("memory_BSD", memory_BSD)
+        if mask_BS is None:
+            mask_BS = jnp.ones(memory_BSD.shape[:2], bool)
+        if mask_BS.shape != memory_BSD.shape[:2] or mask_BS.dtype != bool:
+            raise ValueError(
+                f"mask_BS must be bool of shape {memory_BSD.shape[:2]}, the memory's, not "
+                f"{mask_BS.dtype} of shape {mask_BS.shape}"
+            )
+        return CrossCache(
+            key=self._project("BSD,DKH->BKSH", memory_BSD, self.key),
+            value=self._project("BSD,DKH->BKSH", memory_BSD, self.value),
+            mask=mask_BS,
+        )
+
+    def prefill(
+        self, x_BTD: Array, cache: KVCache | RingCache, lengths_B: ArrayLike | None = None
+    ) -> tuple[Array, KVCache | RingCache]:
+        """Causal self-attention of `T` new tokens a row, behind those that the cache holds.
+
+        A prompt goes in whole, or in chunks by several calls.
+
+        Args:
+          x_BTD: the new tokens, padded on the right.
+          cache: from `init_cache`, or from an earlier call.
+          lengths_B: how many of the `T` tokens of each row are real; all when None.
+
+        Returns:
+          `[B, T, D]`, of no meaning at padding, and the new cache.
+
+        Raises:
+          ValueError: shapes that do not fit, or more tokens than a full-length cache has room for.
+            Under `jax.jit`, where lengths are not known, a row that overflows turns to NaN instead.
+        """
+        batch = cache.key.shape[0]
+        self._check_input("x_BTD", x_BTD, batch=batch)
+        length = x_BTD.shape[1]
+        if lengths_B is None:
+            lengths_B = jnp.full(batch, length, jnp.int32)
+        lengths_B = jnp.asarray(lengths_B, jnp.int32)
+        if lengths_B.shape != (batch,):
+            raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
+        query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
+        key_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.key)
+        value_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.value)
+        query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
+        cache, key_BKSH, value_BKSH, key_positions_BS, overflow_B = cache.append(
+            key_BTKH, value_BTKH, lengths_B
+        )
+        mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
+        output_BTNH = _attend(query_BTNH, key_BKSH, value_BKSH, mask)
+        output_BTNH = jnp.where(overflow_B[:, None, None, None], jnp.nan, output_BTNH)
+        return self._output(output_BTNH), cache
+
+    def decode(
+        self, x_BTD: Array, cache: KVCache | RingCache | CrossCache
+    ) -> tuple[Array, KVCache | RingCache | CrossCache]:
+        """One incremental step (Shazeer 2019, sections 2.4.1 and 3.1): `T` is 1.
+
+        With a `CrossCache` the rows of `x_BTD` may be a multiple of the cache's (`b` beams of each
+        sentence, row `i * b + j`): all beams of a sentence read the same keys and values.
+
+        Returns:
+          `[B, 1, D]` and the new cache (a `CrossCache` comes back as it is).
+
+        Raises:
+          ValueError: as `prefill`, or `T != 1` with a self-attention cache.
+        """
+        self._check_input("x_BTD", x_BTD)
+        if not isinstance(cache, CrossCache):
+            if x_BTD.shape[1] != 1:
+                raise ValueError(
+                    f"decode takes one token a row, not T={x_BTD.shape[1]}: use prefill for more"
+                )
+            return self.prefill(x_BTD, cache)
+        rows, length, d_model = x_BTD.shape
+        batch = cache.key.shape[0]
+        if rows % batch:
+            raise ValueError(
+                f"{rows} rows over a cross-attention cache of {batch}: there must be a whole "
+                "number of beams for each row of the cache"
+            )
+        x_BTD = x_BTD.reshape(batch, rows // batch * length, d_model)
+        query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
+        mask = cache.mask[:, None, None, :]
+        output_BTD = self._output(_attend(query_BTNH, cache.key, cache.value, mask))
+        return output_BTD.reshape(rows, length, d_model), cache
+
+    def _project(self, equation: str, x: Array, weight: nnx.Param) -> Array:
+        return jnp.einsum(equation, x.astype(self.dtype), weight[...].astype(self.dtype))
+
+    def _output(self, x_BTNH: Array) -> Array:
+        return self._project("BTNH,NHD->BTD", x_BTNH, self.out)
+
+    def _check_input(self, name: str, x: Array, batch: int | None = None) -> None:
+        d_model = self.query.shape[0]
+        if x.ndim != 3 or x.shape[2] != d_model or (batch is not None and x.shape[0] != batch):
+            expected = f"[{'B' if batch is None else batch}, {name[-2]}, {d_model}]"
+            raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}")
+
+
+class MultiHeadAttention(Attention):
+    """`Attention` in which every query head has keys and values of its own: `K = N`."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
+        super().__init__(d_model, num_heads, num_heads, head_dim, **kwargs)
+
+
+class GroupedQueryAttention(Attention):
+    """`Attention` in which `N / K` query heads share each key/value head."""
+
+
+class MultiQueryAttention(Attention):
+    """`Attention` in which all query heads share one key/value head: `K = 1` (section 3)."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
+        super().__init__(d_model, num_heads, 1, head_dim, **kwargs)
+
+
+def _check_shapes(query_BTNH: Array, key_BSKH: Array, value_BSKH: Array) -> None:
+    shapes = f"query {query_BTNH.shape}, key {key_BSKH.shape}, value {value_BSKH.shape}"
+    if query_BTNH.ndim != 4 or key_BSKH.ndim != 4 or key_BSKH.shape != value_BSKH.shape:
+        raise ValueError(
+            f"expected query [B, T, N, H] and key and value alike [B, S, K, H], but got {shapes}"
+        )
+    batch, _, num_heads, head_dim = query_BTNH.shape
+    if key_BSKH.shape[0] != batch or key_BSKH.shape[3] != head_dim:
+        raise ValueError(f"query and key must share B and H, but got {shapes}")
+    if num_heads % key_BSKH.shape[2]:
+        raise ValueError(
+            f"the {key_BSKH.shape[2]} key/value heads do not divide the {num_heads} query heads: "
+            f"{shapes}"
+        )
+
+
+def _check_mask(mask: Array, shape_BNTS: tuple[int, int, int, int]) -> None:
+    fits = mask.ndim == 4 and all(
+        size in (1, full) for size, full in zip(mask.shape, shape_BNTS, strict=True)
+    )
+    if not fits or mask.dtype != bool:
+        raise ValueError(
+            f"mask must be bool and broadcast to [B, N, T, S] = {list(shape_BNTS)} with four axes "
+            f"(a key padding mask is mask[:, None, None, :]), not {mask.dtype} {list(mask.shape)}"
+        )
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (the token itself), not {window}")

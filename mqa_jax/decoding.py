@@ -1,0 +1,320 @@
+"""Greedy decoding, sampling and beam search, on the device, for any model.
+
+A model takes part through two things alone:
+
+  * `cache`: a pytree of arrays whose first axis is the batch; what changes from step to step.
+  * `step_fn(tokens, cache) -> (logits, cache)`: takes the last token of every row, `[rows]` int32,
+    and returns logits of the next, `[rows, V]`.
+
+What stays the same during a decode (an encoder's keys and values, say) belongs into `step_fn`, not
+into the cache: beam search repeats and reorders all that is in the cache, and nothing else. With a
+beam of `b`, `step_fn` is called with `B * b` rows, those of batch element `i` being
+`i * b ... i * b + b - 1`.
+
+Each function is one `lax.while_loop` that ends as soon as every row has. Call them inside a
+`jax.jit` of your own, so that they compile once a shape:
+
+    @jax.jit
+    def continue_prompt(params, last_token_B, cache):
+        def step_fn(tokens_B, cache):
+            return my_model(params, tokens_B, cache)
+        return greedy(step_fn, cache, last_token_B, max_new_tokens=32, eos_id=2).tokens
+
+Array letters: B batch   V vocabulary   L max_new_tokens   b beam   R rows, B * b
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Cache = TypeVar("Cache")
+StepFn = Callable[[Array, Cache], tuple[Array, Cache]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What was decoded.
+
+    Attributes:
+      tokens: `[B, L]` int32, for beam search `[B, b, L]`, best hypothesis first. The end-of-sentence
+        id is included where it was reached, `pad_id` follows.
+      length: `[B]` or `[B, b]` int32: tokens before the padding.
+      score: beam search only, `[B, b]` float32: log-probability over length penalty; minus infinity
+        marks a hypothesis that does not exist (a vocabulary too small for so wide a beam).
+    """
+
+    tokens: Array
+    length: Array
+    score: Array | None = None
+
+
+def greedy(
+    step_fn: StepFn,
+    cache: Cache,
+    tokens_B: Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+) -> Decoded:
+    """The most probable token at every step.
+
+    Args:
+      step_fn: the model, see the head of this file.
+      cache: holds what comes before `tokens_B`.
+      tokens_B: `[B]` int32, the last token of every row so far (a prompt's last, or the
+        beginning-of-sentence id), which the cache does not hold yet.
+      max_new_tokens: `L`, how many tokens to decode at most.
+      eos_id: the token that ends a row; None: rows end at `L` only.
+      pad_id: what follows the end of a row.
+
+    Raises:
+      ValueError: `max_new_tokens` below 1, or `eos_id` outside the vocabulary.
+    """
+    return _decode(
+        step_fn,
+        cache,
+        tokens_B,
+        lambda logits_BV, step: jnp.argmax(logits_BV, axis=-1),
+        max_new_tokens,
+        eos_id,
+        pad_id,
+    )
+
+
+def sample(
+    step_fn: StepFn,
+    cache: Cache,
+    tokens_B: Array,
+    *,
+    key: Array,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+) -> Decoded:
+    """A token drawn from the model's distribution at every step.
+
+    Args:
+      key: a PRNG key, or `[B]` keys, one a row: then what a row samples does not depend on the rows
+        beside it.
+      temperature: the logits are divided by it before all else.
+      top_k: only the `top_k` most probable tokens are drawn (and those as probable as the last).
+      top_p: only the most probable tokens are drawn, as few as have a probability of `top_p`
+        together (Holtzman et al. 2019), after `top_k`.
+      Others: as `greedy`.
+
+    Raises:
+      ValueError: `temperature` not above 0, `top_k` below 1, `top_p` outside (0, 1], and as
+        `greedy`.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}: for 0, use greedy")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    keys_B = jax.random.split(key, tokens_B.shape[0]) if key.ndim == 0 else key
+
+    def choose(logits_BV: Array, step: Array) -> Array:
+        logits_BV = _keep_probable(logits_BV / temperature, top_k, top_p)
+        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+        return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV)
+
+    return _decode(step_fn, cache, tokens_B, choose, max_new_tokens, eos_id, pad_id)
+
+
+def _keep_probable(logits_BV: Array, top_k: int | None, top_p: float | None) -> Array:
+    """The logits, with minus infinity for tokens that `top_k` and `top_p` leave out."""
+    if top_k is not None:
+        top_k = min(top_k, logits_BV.shape[-1])
+        threshold_B1 = lax.top_k(logits_BV, top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
+    if top_p is not None:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probability_BV = jax.nn.softmax(sorted_BV)
+        # Kept are tokens before which less than top_p has been gathered: the first one always.
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        threshold_B1 = jnp.min(
+            jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        )
+        logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def _decode(
+    step_fn: StepFn,
+    cache: Cache,
+    tokens_B: Array,
+    choose: Callable[[Array, Array], Array],
+    max_new_tokens: int,
+    eos_id: int | None,
+    pad_id: int,
+) -> Decoded:
+    """The loop of `greedy` and `sample`; `choose(logits_BV, step)` picks the next tokens."""
+    _check(step_fn, cache, tokens_B, max_new_tokens, eos_id)
+    batch = tokens_B.shape[0]
+
+    def is_running(state):
+        step, _, _, is_ended_B, _, _ = state
+        return (step < max_new_tokens) & ~jnp.all(is_ended_B)
+
+    def advance(state):
+        step, tokens_B, output_BL, is_ended_B, length_B, cache = state
+        logits_BV, cache = step_fn(tokens_B, cache)
+        chosen_B = choose(logits_BV.astype(jnp.float32), step).astype(jnp.int32)
+        tokens_B = jnp.where(is_ended_B, pad_id, chosen_B)
+        output_BL = lax.dynamic_update_index_in_dim(output_BL, tokens_B, step, axis=1)
+        length_B = length_B + ~is_ended_B
+        if eos_id is not None:
+            is_ended_B |= tokens_B == eos_id
+        return step + 1, tokens_B, output_BL, is_ended_B, length_B, cache
+
+    state = (
+        jnp.int32(0),
+        tokens_B.astype(jnp.int32),
+        jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        jnp.zeros(batch, bool),
+        jnp.zeros(batch, jnp.int32),
+        cache,
+    )
+    _, _, output_BL, _, length_B, _ = lax.while_loop(is_running, advance, state)
+    return Decoded(output_BL, length_B)
+
+
+def length_penalty(length: Array | int, alpha: float) -> Array | float:
+    """`((5 + length) / 6) ** alpha` (Wu et al. 2016, equation 14); `length` counts the EOS."""
+    return ((5.0 + length) / 6.0) ** alpha
+
+
+def beam_search(
+    step_fn: StepFn,
+    cache: Cache,
+    tokens_B: Array,
+    *,
+    beam_size: int,
+    max_new_tokens: int,
+    eos_id: int,
+    alpha: float = 0.6,
+    pad_id: int = 0,
+) -> Decoded:
+    """The `beam_size` best hypotheses found, by log-probability over length penalty.
+
+    Live and finished hypotheses are kept apart, `beam_size` of each, so that a hypothesis that ends
+    does not narrow the search. It stops when no live hypothesis can still enter the finished ones:
+    a live log-probability `p <= 0` can only fall, so no ending of it scores above
+    `p / length_penalty(max_new_tokens)`.
+
+    Args:
+      beam_size: `b`. With 1 this is greedy decoding, except that the search goes on behind an
+        end-of-sentence that is not the most probable token.
+      alpha: exponent of the length penalty, at least 0; the paper uses 0.6.
+      Others: as `greedy`. `cache` has `B` rows; it is repeated to `B * b` here.
+
+    Returns:
+      tokens `[B, b, L]`, best first. Hypotheses that reached `L` without an end-of-sentence are
+      given only where fewer than `b` have ended, behind those.
+
+    Raises:
+      ValueError: `beam_size` below 1, `alpha` below 0, and as `greedy`.
+    """
+    if beam_size < 1:
+        raise ValueError(f"beam_size must be at least 1, not {beam_size}")
+    if not alpha >= 0:
+        raise ValueError(
+            f"alpha must be at least 0, not {alpha}: below that, longer hypotheses would be "
+            "punished twice and the search could not tell when to stop"
+        )
+    vocab_size = _check(step_fn, cache, tokens_B, max_new_tokens, eos_id)
+    batch = tokens_B.shape[0]
+    rows_B1 = jnp.arange(batch)[:, None]
+
+    def is_running(state):
+        step, _, _, live_Bb, _, finished_Bb, _, _ = state
+        reachable_B = live_Bb[:, 0] / length_penalty(max_new_tokens, alpha)
+        return (step < max_new_tokens) & jnp.any(reachable_B > finished_Bb[:, -1])
+
+    def advance(state):
+        step, tokens_R, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, cache = state
+        logits_RV, cache = step_fn(tokens_R, cache)
+        log_prob_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
+        candidate_BbV = live_Bb[:, :, None] + log_prob_RV.reshape(batch, beam_size, vocab_size)
+
+        # At most one candidate of a beam ends it, so the best 2b hold at least b that do not.
+        score_Bc, index_Bc = lax.top_k(candidate_BbV.reshape(batch, -1), 2 * beam_size)
+        parent_Bc, token_Bc = index_Bc // vocab_size, index_Bc % vocab_size
+        candidate_BcL = lax.dynamic_update_index_in_dim(
+            live_BbL[rows_B1, parent_Bc], token_Bc, step, axis=2
+        )
+        is_end_Bc = token_Bc == eos_id
+
+        ended_Bc = jnp.where(is_end_Bc, score_Bc / length_penalty(step + 1, alpha), -jnp.inf)
+        finished_Bb, best_Bb = lax.top_k(
+            jnp.concatenate([finished_Bb, ended_Bc], axis=1), beam_size
+        )
+        finished_BbL = jnp.concatenate([finished_BbL, candidate_BcL], axis=1)[rows_B1, best_Bb]
+        new_length_Bc = jnp.full_like(token_Bc, step + 1)
+        length_Bb = jnp.concatenate([length_Bb, new_length_Bc], axis=1)[rows_B1, best_Bb]
+
+        live_Bb, best_Bb = lax.top_k(jnp.where(is_end_Bc, -jnp.inf, score_Bc), beam_size)
+        live_BbL = candidate_BcL[rows_B1, best_Bb]
+        parent_R = (rows_B1 * beam_size + parent_Bc[rows_B1, best_Bb]).reshape(-1)
+        cache = jax.tree.map(lambda x: x.at[parent_R].get(mode="promise_in_bounds"), cache)
+        tokens_R = token_Bc[rows_B1, best_Bb].reshape(-1)
+        return step + 1, tokens_R, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, cache
+
+    padding_BbL = jnp.full((batch, beam_size, max_new_tokens), pad_id, jnp.int32)
+    nothing_Bb = jnp.full((batch, beam_size), -jnp.inf)
+    state = (
+        jnp.int32(0),
+        jnp.repeat(tokens_B.astype(jnp.int32), beam_size),
+        padding_BbL,
+        nothing_Bb.at[:, 0].set(0.0),  # All beams start alike: only the first may have offspring.
+        padding_BbL,
+        nothing_Bb,
+        jnp.zeros((batch, beam_size), jnp.int32),
+        jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=0), cache),
+    )
+    state = lax.while_loop(is_running, advance, state)
+    step, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state
+
+    # Live hypotheses are of use only where finished ones are missing, so they rank behind them all.
+    live_Bb /= length_penalty(max_new_tokens, alpha)
+    is_missing_Bb = finished_Bb == -jnp.inf
+    order_Bb = jnp.argsort(
+        jnp.concatenate([is_missing_Bb, is_missing_Bb * 0 + 1], axis=1), axis=1, stable=True
+    )[:, :beam_size]
+    tokens_BbL = jnp.concatenate([finished_BbL, live_BbL], axis=1)[rows_B1, order_Bb]
+    score_Bb = jnp.concatenate([finished_Bb, live_Bb], axis=1)[rows_B1, order_Bb]
+    length_Bb = jnp.concatenate([length_Bb, jnp.full_like(length_Bb, step)], axis=1)
+    return Decoded(tokens_BbL, length_Bb[rows_B1, order_Bb], score_Bb)
+
+
+def _check(step_fn, cache, tokens_B, max_new_tokens: int, eos_id: int | None) -> int:
+    """Raises ValueError on arguments that do not fit; returns the size of the vocabulary."""
+    if tokens_B.ndim != 1:
+        raise ValueError(f"tokens_B must have shape [B], not {list(tokens_B.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    batch = tokens_B.shape[0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
+        if leaf.ndim == 0 or leaf.shape[0] != batch:
+            raise ValueError(
+                f"cache{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}, but everything "
+                f"in the cache must have the {batch} rows of tokens_B in front; what is not a "
+                "row's own belongs into step_fn"
+            )
+    logits, _ = jax.eval_shape(step_fn, jax.ShapeDtypeStruct((batch,), jnp.int32), cache)
+    if logits.ndim != 2 or logits.shape[0] != batch:
+        raise ValueError(f"step_fn must return logits [{batch}, V], not {list(logits.shape)}")
+    vocab_size = logits.shape[1]
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise ValueError(f"eos_id={eos_id} is not in the vocabulary of {vocab_size} tokens")
+    return vocab_size

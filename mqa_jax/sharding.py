@@ -1,0 +1,96 @@
+"""The device mesh, and which mesh axis each axis of an array lies over.
+
+A weight names its axes once, in the letters that the whole package uses (`param("DNH", ...)`), and
+`ShardingRules` turns letters into a `PartitionSpec`. Without a mesh nothing here has any effect.
+
+Array letters:
+  B batch   D model dim   N query heads   K key/value heads   H head dim   F feed-forward dim
+  V vocabulary   P positions
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def param(
+    axes: str, shape: Sequence[int], *, fan_in: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+) -> nnx.Param:
+    """A weight with a letter an axis, drawn from a normal of standard deviation `fan_in ** -0.5`."""
+    value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+    return nnx.Param(value, axes=axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """The mesh axes that each array letter is split over; letters not named are not split.
+
+    Batch goes over `data` and `fsdp`, the weights' model dim over `fsdp`; heads, feed-forward and
+    vocabulary over `tensor`. Key/value heads go over `tensor` where it divides them and are
+    replicated where it does not, as for multi-query attention always.
+    """
+
+    B: tuple[str, ...] = ("data", "fsdp")
+    D: tuple[str, ...] = ("fsdp",)
+    N: tuple[str, ...] = ("tensor",)
+    K: tuple[str, ...] = ("tensor",)
+    F: tuple[str, ...] = ("tensor",)
+    V: tuple[str, ...] = ("tensor",)
+
+    def sharding(self, mesh: Mesh, axes: str, shape: Sequence[int]) -> NamedSharding:
+        """The sharding of an array of that shape whose axes are the letters `axes`.
+
+        Raises:
+          ValueError: an axis that its mesh axes do not divide.
+        """
+        spec = []
+        for letter, size in zip(axes, shape, strict=True):
+            names = getattr(self, letter, ())
+            parts = math.prod(mesh.shape[name] for name in names)
+            if size % parts == 0:
+                spec.append(names or None)
+            elif letter == "K":
+                spec.append(None)
+            else:
+                raise ValueError(
+                    f"axis {letter} of {axes}{tuple(shape)} has size {size}, which the {parts} "
+                    f"parts of mesh axes {names} do not divide (mesh {dict(mesh.shape)})"
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def params(self, mesh: Mesh, state: nnx.State):
+        """The sharding of every weight of a model's (abstract) state, in the same tree."""
+
+        def of(variable: nnx.Variable) -> NamedSharding:
+            axes = variable.get_metadata().get("axes")
+            if axes is None:
+                return NamedSharding(mesh, PartitionSpec())
+            return self.sharding(mesh, axes, variable.shape)
+
+        return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices with the axes `data`, `fsdp`, `tensor`; one size may be -1, the rest.
+
+    Raises:
+      ValueError: sizes whose product is not the number of devices.
+    """
+    count = jax.device_count()
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
+    if min(sizes) < 1 or math.prod(sizes) != count:
+        raise ValueError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use the {count} devices "
+            "here: the product must be their number, and one of the sizes may be -1"
+        )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
