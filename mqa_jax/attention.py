@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query and multi-query attention: the function, the KV caches, the modules.
+"""Multi-head, grouped-query and multi-query attention: the function and the modules.
 
 One code path serves all three. With `N` query heads and `K` key/value heads the queries are viewed
 as `[B, T, K, G, H]`, `G = N / K`; keys and values are never repeated to `N` heads. `K = N` is
@@ -9,7 +9,6 @@ Array letters, those of `jax.nn.dot_product_attention`:
   G query heads per key/value head   H head dim   D model dim   W window
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -19,10 +18,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
 from mqa_jax.sharding import param
 
 
-def causal_mask(query_positions_BT: Array, key_positions_BS: Array, window: int | None = None) -> Array:
+def causal_mask(
+    query_positions_BT: Array, key_positions_BS: Array, window: int | None = None
+) -> Array:
     """Which keys a query may see: those at its own position and before, `window` of them at most.
 
     Returns:
@@ -36,7 +38,9 @@ def causal_mask(query_positions_BT: Array, key_positions_BS: Array, window: int 
 
 
 def segment_mask(query_segment_ids_BT: Array, key_segment_ids_BS: Array) -> Array:
-    """Keeps packed sentences apart: True where both sides carry the same segment id, not 0 (padding).
+    """Keeps packed sentences apart: True where both sides carry the same segment id, 0 excepted.
+
+    Segment id 0 stands for padding, which nothing sees.
 
     Returns:
       bool `[B, 1, T, S]`.
@@ -138,126 +142,6 @@ def _attend(
         weights_BKGTS = dropout(weights_BKGTS)
     output_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, value_BKSH)
     return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every token so far, each row at its own position.
-
-    The layout is heads-major, `[B, K, S, H]`: a decode step then reads each head's keys as one
-    contiguous block.
-
-    Attributes:
-      key: `[B, K, S, H]`.
-      value: `[B, K, S, H]`.
-      length: `[B]` int32, the tokens each row holds, which is the position of its next one.
-    """
-
-    key: Array
-    value: Array
-    length: Array
-
-    def append(self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array):
-        """Writes the first `lengths_B[b]` of `T` tokens of row `b` behind those it holds.
-
-        Returns:
-          the new cache; the keys and values to attend to, `[B, K, S, H]`; the position of each of
-          them, `[B, S]`; and bool `[B]`, the rows that had no room (they hold garbage from then on).
-
-        Raises:
-          ValueError: a row has no room for its tokens. Under `jax.jit` lengths are not known, so
-            there the flags tell it.
-        """
-        capacity = self.key.shape[2]
-        new_length_B = self.length + lengths_B
-        added = key_BTKH.shape[1]
-        if not isinstance(new_length_B, jax.core.Tracer) and jnp.max(new_length_B) > capacity:
-            row = int(jnp.argmax(new_length_B))
-            raise ValueError(
-                f"row {row} of the cache would hold {int(new_length_B[row])} tokens, but it has "
-                f"room for {capacity}: make it longer, init_cache(batch, length)"
-            )
-        offset_BT = jnp.arange(added)[None]
-        slot_BT = jnp.where(
-            offset_BT < lengths_B[:, None], self.length[:, None] + offset_BT, capacity
-        )
-        cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
-        position_BS = jnp.arange(capacity)[None]
-        return cache, cache.key, cache.value, position_BS, new_length_B > capacity
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RingCache:
-    """Keys and values of the last `W` tokens: the token at position `p` lies in slot `p mod W`.
-
-    What local attention needs, in memory that does not grow with the length.
-
-    Attributes:
-      key: `[B, K, W, H]`.
-      value: `[B, K, W, H]`.
-      length: `[B]` int32, the tokens each row has seen, which is the position of its next one.
-    """
-
-    key: Array
-    value: Array
-    length: Array
-
-    def append(self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array):
-        """As `KVCache.append`; there is always room, since the oldest tokens make way."""
-        window = self.key.shape[2]
-        new_length_B = self.length + lengths_B
-        offset_BT = jnp.arange(key_BTKH.shape[1])[None]
-        position_BT = self.length[:, None] + offset_BT
-        is_token_BT = offset_BT < lengths_B[:, None]
-        is_last_BT = position_BT >= new_length_B[:, None] - window
-        slot_BT = jnp.where(is_token_BT & is_last_BT, position_BT % window, window)
-        cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
-        no_overflow = jnp.zeros_like(new_length_B, dtype=bool)
-        if key_BTKH.shape[1] == 1:
-            return cache, cache.key, cache.value, cache._positions(), no_overflow
-        # The first of several queries still see tokens that the last of them push out.
-        key_BKSH = jnp.concatenate([self.key, jnp.swapaxes(key_BTKH, 1, 2)], axis=2)
-        value_BKSH = jnp.concatenate([self.value, jnp.swapaxes(value_BTKH, 1, 2)], axis=2)
-        position_BS = jnp.concatenate(
-            [self._positions(), jnp.where(is_token_BT, position_BT, -1)], axis=1
-        )
-        return cache, key_BKSH, value_BKSH, position_BS, no_overflow
-
-    def _positions(self) -> Array:
-        """`[B, W]`: the position of the token in each slot, negative where there is none yet."""
-        newest_B1 = self.length[:, None] - 1
-        window = self.key.shape[2]
-        return newest_B1 - (newest_B1 - jnp.arange(window)[None]) % window
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CrossCache:
-    """Keys and values of an encoder's output, projected once for a whole decode.
-
-    Attributes:
-      key: `[B, K, S, H]`.
-      value: `[B, K, S, H]`.
-      mask: `[B, S]` bool, True for a source token, False for padding.
-    """
-
-    key: Array
-    value: Array
-    mask: Array
-
-
-def _write(cache, key_BTKH: Array, value_BTKH: Array, slot_BT: Array, length_B: Array):
-    """`cache` with tokens put into their slots; a slot past the end means: do not write."""
-    rows_B1 = jnp.arange(slot_BT.shape[0])[:, None]
-
-    def put(buffer_BKSH: Array, new_BTKH: Array) -> Array:
-        return buffer_BKSH.at[rows_B1, :, slot_BT].set(
-            new_BTKH.astype(buffer_BKSH.dtype), mode="drop"
-        )
-
-    return type(cache)(put(cache.key, key_BTKH), put(cache.value, value_BTKH), length_B)
 
 
 class Attention(nnx.Module):
@@ -362,7 +246,8 @@ class Attention(nnx.Module):
         key_BKSH = self._project("BSD,DKH->BKSH", source_BSD, self.key)
         value_BKSH = self._project("BSD,DKH->BKSH", source_BSD, self.value)
         if mask is not None:
-            _check_mask(mask, (*query_BTNH.shape[:1], query_BTNH.shape[2], x_BTD.shape[1], source_BSD.shape[1]))
+            batch, length, num_heads, _ = query_BTNH.shape
+            _check_mask(mask, (batch, num_heads, length, source_BSD.shape[1]))
         if is_causal or self.window is not None:
             positions = jnp.arange(x_BTD.shape[1])[None]
             causal = causal_mask(positions, positions, self.window)

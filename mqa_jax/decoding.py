@@ -41,8 +41,8 @@ class Decoded:
     """What was decoded.
 
     Attributes:
-      tokens: `[B, L]` int32, for beam search `[B, b, L]`, best hypothesis first. The end-of-sentence
-        id is included where it was reached, `pad_id` follows.
+      tokens: `[B, L]` int32, for beam search `[B, b, L]`, best hypothesis first. Where an
+        end-of-sentence was reached it is included, and `pad_id` follows.
       length: `[B]` or `[B, b]` int32: tokens before the padding.
       score: beam search only, `[B, b]` float32: log-probability over length penalty; minus infinity
         marks a hypothesis that does not exist (a vocabulary too small for so wide a beam).
@@ -172,7 +172,7 @@ def _decode(
         chosen_B = choose(logits_BV.astype(jnp.float32), step).astype(jnp.int32)
         tokens_B = jnp.where(is_ended_B, pad_id, chosen_B)
         output_BL = lax.dynamic_update_index_in_dim(output_BL, tokens_B, step, axis=1)
-        length_B = length_B + ~is_ended_B
+        length_B = jnp.where(is_ended_B, length_B, length_B + 1)
         if eos_id is not None:
             is_ended_B |= tokens_B == eos_id
         return step + 1, tokens_B, output_BL, is_ended_B, length_B, cache
@@ -285,12 +285,11 @@ def beam_search(
     state = lax.while_loop(is_running, advance, state)
     step, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state
 
-    # Live hypotheses are of use only where finished ones are missing, so they rank behind them all.
+    # Live hypotheses are of use only where finished ones are missing: they rank behind those there.
     live_Bb /= length_penalty(max_new_tokens, alpha)
-    is_missing_Bb = finished_Bb == -jnp.inf
-    order_Bb = jnp.argsort(
-        jnp.concatenate([is_missing_Bb, is_missing_Bb * 0 + 1], axis=1), axis=1, stable=True
-    )[:, :beam_size]
+    rank_Bb = jnp.where(finished_Bb == -jnp.inf, 2, 0)
+    rank_Bc = jnp.concatenate([rank_Bb, jnp.ones_like(rank_Bb)], axis=1)
+    order_Bb = jnp.argsort(rank_Bc, axis=1, stable=True)[:, :beam_size]
     tokens_BbL = jnp.concatenate([finished_BbL, live_BbL], axis=1)[rows_B1, order_Bb]
     score_Bb = jnp.concatenate([finished_Bb, live_Bb], axis=1)[rows_B1, order_Bb]
     length_Bb = jnp.concatenate([length_Bb, jnp.full_like(length_Bb, step)], axis=1)

@@ -50,9 +50,7 @@ class FeedForward(nnx.Module):
 class RMSNorm(nnx.RMSNorm):
     """The norm of the paper's code base: a scale, no mean, no bias; computed in float32."""
 
-    def __init__(
-        self, d_model: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, d_model: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(
             d_model,
             dtype=jnp.float32,
@@ -121,7 +119,9 @@ class Softmax(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = param("DV", (d_model, vocab_size), fan_in=d_model, rngs=rngs, dtype=param_dtype)
+        self.kernel = param(
+            "DV", (d_model, vocab_size), fan_in=d_model, rngs=rngs, dtype=param_dtype
+        )
         self.dtype = dtype
 
     def logits(self, x_BTD: Array) -> Array:

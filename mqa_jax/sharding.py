@@ -24,7 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 def param(
     axes: str, shape: Sequence[int], *, fan_in: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:
-    """A weight with a letter an axis, drawn from a normal of standard deviation `fan_in ** -0.5`."""
+    """A weight, a letter for each axis, from a normal of standard deviation `fan_in ** -0.5`."""
     value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
     return nnx.Param(value, axes=axes)
 

@@ -15,7 +15,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from mqa_jax.attention import Attention, CrossCache, KVCache, RingCache, padding_mask, segment_mask
+from mqa_jax.attention import Attention, padding_mask, segment_mask
+from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
 from mqa_jax.layers import Embedding, FeedForward, RMSNorm, Softmax
 
 SelfCache = KVCache | RingCache

@@ -1,0 +1,36 @@
+"""Multi-query attention (Shazeer 2019) in JAX: attention modules, models and decoding."""
+
+from mqa_jax.attention import (
+    Attention,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    causal_mask,
+    dot_product_attention,
+    padding_mask,
+    segment_mask,
+)
+from mqa_jax.decoding import Decoded, beam_search, greedy, sample
+from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
+from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
+
+__all__ = [
+    "Attention",
+    "CrossCache",
+    "Decoded",
+    "DecoderOnly",
+    "EncoderDecoder",
+    "GroupedQueryAttention",
+    "KVCache",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "RingCache",
+    "TransformerConfig",
+    "beam_search",
+    "causal_mask",
+    "dot_product_attention",
+    "greedy",
+    "padding_mask",
+    "sample",
+    "segment_mask",
+]

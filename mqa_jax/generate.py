@@ -1,0 +1,184 @@
+"""From prompts to tokens, and from lines of text to lines of text, with the project's own models.
+
+Array letters: B batch   P prompt length   L max_new_tokens
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mqa_jax.decoding import Decoded
+from mqa_jax.transformer import DecoderOnly, EncoderDecoder
+
+Model = EncoderDecoder | DecoderOnly
+Search = Callable[..., Decoded]
+
+# Prompts are padded to a multiple of this, so that a corpus needs a handful of compilations.
+BUCKET = 16
+
+
+class Tokenizer(Protocol):
+    """What this file asks of a tokenizer; `mqa_jax.data.tokenizer.Tokenizer` is one."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def generate(
+    model: Model,
+    prompt_BP: Array,
+    lengths_B: Array,
+    *,
+    search: Search,
+    max_new_tokens: int,
+    bos_id: int,
+    **search_options,
+) -> Decoded:
+    """Decodes behind a batch of prompts; to be called inside `jax.jit`.
+
+    Args:
+      model: an `EncoderDecoder` translates its prompts, a `DecoderOnly` continues them.
+      prompt_BP: `[B, P]` ids padded on the right; a language model's begin with `bos_id`.
+      lengths_B: `[B]`, how many of the `P` are real.
+      search: `greedy`, `sample` or `beam_search`, or a function with the same first arguments.
+      max_new_tokens: `L`.
+      bos_id: the id that a target sentence begins with.
+      search_options: passed on to `search`.
+
+    Raises:
+      ValueError: prompt and answer do not fit into the positions that the model knows.
+    """
+    batch, prompt_length = prompt_BP.shape
+    if isinstance(model, EncoderDecoder):
+        cross = model.init_cross_cache(prompt_BP, lengths_B)
+        cache = model.init_cache(batch, max_new_tokens)
+        last_B = jnp.full(batch, bos_id, jnp.int32)
+        step_fn = functools.partial(_translate_step, model, cross)
+    else:
+        # The last token of a prompt is the first one that the search feeds to the model.
+        cache = model.init_cache(batch, prompt_length + max_new_tokens)
+        _, cache = model.prefill(prompt_BP, cache, lengths_B - 1)
+        last_B = jnp.take_along_axis(prompt_BP, lengths_B[:, None] - 1, axis=1)[:, 0]
+        step_fn = model.decode
+    return search(step_fn, cache, last_B, max_new_tokens=max_new_tokens, **search_options)
+
+
+def _translate_step(model: EncoderDecoder, cross, tokens_R: Array, cache):
+    return model.decode(tokens_R, cache, cross)
+
+
+class LineDecoder:
+    """Decodes lines of text in batches of like length; one compiled program a length.
+
+    Args:
+      model: what to decode with, of which only the structure is used: weights are handed to each
+        call, so that a training run can evaluate again and again without compiling again.
+      tokenizer: from text to ids and back.
+      search: `greedy`, `sample` or `beam_search`, with all its options but `max_new_tokens` and
+        `key` bound to it by `functools.partial`.
+      batch_size: rows a batch; the last one is filled up.
+      bos_id: the id that a target sentence begins with.
+      max_new_tokens: by default 50 more than the prompt's length (as in the paper's code base),
+        and never more than the model has positions for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        search: Search,
+        batch_size: int,
+        bos_id: int,
+        max_new_tokens: int | None = None,
+    ):
+        self._is_translation = isinstance(model, EncoderDecoder)
+        self._max_length = model.config.max_length
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._bos_id = bos_id
+        self._max_new_tokens = max_new_tokens
+        graphdef = nnx.graphdef(model)
+        dtype = jnp.dtype(model.config.dtype)
+
+        @functools.partial(jax.jit, static_argnames="limit")
+        def run(params, prompt_BP: Array, lengths_B: Array, keys_B: Array | None, limit: int):
+            # Once, before the loop: else every step would read the weights in the wider dtype.
+            params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+            options = {} if keys_B is None else {"key": keys_B}
+            model = nnx.merge(graphdef, params)
+            return generate(
+                model,
+                prompt_BP,
+                lengths_B,
+                search=search,
+                max_new_tokens=limit,
+                bos_id=bos_id,
+                **options,
+            )
+
+        self._run = run
+
+    def __call__(
+        self, params: nnx.State, lines: Sequence[str], keys: Array | None = None
+    ) -> Iterator[tuple[int, Decoded]]:
+        """Decodes `lines`; none is cut short.
+
+        Args:
+          params: the model's weights.
+          lines: what to translate, or to continue.
+          keys: for `sample`: `[len(lines)]` PRNG keys; what a line draws depends on its own alone.
+
+        Yields:
+          the index of a line, and what was decoded for it, without the batch axis; not in order.
+
+        Raises:
+          ValueError: a line of more tokens than the model has positions for; nothing has been
+            decoded then.
+        """
+        prompts = [self._prompt(number, line) for number, line in enumerate(lines, start=1)]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            rows = batch + batch[-1:] * (self._batch_size - len(batch))
+            lengths_B = np.array([len(prompts[i]) for i in rows], np.int32)
+            width, limit = self._shape(int(lengths_B.max()))
+            prompt_BP = np.zeros((self._batch_size, width), np.int32)
+            for row, i in enumerate(rows):
+                prompt_BP[row, : lengths_B[row]] = prompts[i]
+            keys_B = None if keys is None else keys[np.array(rows)]
+            decoded = jax.device_get(self._run(params, prompt_BP, lengths_B, keys_B, limit))
+            for row, i in enumerate(batch):
+                yield i, jax.tree.map(lambda x, row=row: x[row], decoded)
+
+    def _prompt(self, number: int, line: str) -> list[int]:
+        """The ids that stand for a line, which must leave room for at least one more."""
+        ids = self._tokenizer.encode(line)
+        room = self._max_length
+        if not self._is_translation:
+            # A sentence to be continued begins, and does not end.
+            ids = [self._bos_id, *ids[:-1]]
+            room -= self._max_new_tokens or 1
+        if len(ids) > room:
+            raise ValueError(
+                f"line {number} has {len(ids)} tokens, but there is room for {room} (the model "
+                f"knows {self._max_length} positions): split the line, or train a model with a "
+                "larger max_length"
+            )
+        return ids
+
+    def _shape(self, longest: int) -> tuple[int, int]:
+        """Width of the prompts and number of new tokens, for prompts of up to `longest` tokens."""
+        width = -(-longest // BUCKET) * BUCKET
+        limit = self._max_new_tokens or width + 50
+        if self._is_translation:
+            return min(width, self._max_length), min(limit, self._max_length)
+        limit = min(limit, self._max_length - longest)
+        return min(width, self._max_length - limit), limit

@@ -1,0 +1,240 @@
+"""Loss, learning-rate schedule, optimizer, and the train and eval steps.
+
+Array letters: B batch   T target length   V vocabulary
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from mqa_jax.sharding import ShardingRules
+from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+MODELS = {"translation": EncoderDecoder, "language_model": DecoderOnly}
+
+
+def build_model(task: str, model: Mapping[str, Any], *, rngs: nnx.Rngs):
+    """The model of a config: `config.task` and `config.model`.
+
+    Raises:
+      ValueError: an unknown task, or a field that `TransformerConfig` does not have.
+    """
+    if task not in MODELS:
+        raise ValueError(f"task={task!r} is not one of {sorted(MODELS)}")
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(model) - known):
+        raise ValueError(f"config.model has unknown fields {unknown}; known are {sorted(known)}")
+    return MODELS[task](TransformerConfig(**model), rngs=rngs)
+
+
+def cross_entropy(
+    logits_BTV: Array, targets_BT: Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Array, Array]:
+    """Cross-entropy in nats, without a one-hot array of the vocabulary's size.
+
+    Args:
+      logits_BTV: float32.
+      targets_BT: the ids that should come out.
+      label_smoothing: the share of the target distribution that is spread over all of `V`.
+      z_loss: weight of `logsumexp(logits) ** 2`, which keeps the logits from drifting.
+
+    Returns:
+      the loss to train on and the plain negative log-likelihood, both `[B, T]`.
+    """
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    nll_BT = log_z_BT - target_BT
+    uniform_BT = log_z_BT - jnp.mean(logits_BTV, axis=-1)
+    loss_BT = (1 - label_smoothing) * nll_BT + label_smoothing * uniform_BT
+    return loss_BT + z_loss * jnp.square(log_z_BT), nll_BT
+
+
+def rsqrt_schedule(
+    learning_rate: float, total_steps: int, *, hold_steps: int, warmup_steps: int, decay_steps: int
+) -> optax.Schedule:
+    """`learning_rate / sqrt(max(step, hold_steps))`, with a ramp before and a linear decay behind.
+
+    The paper's published configs have `learning_rate = 1`, `hold_steps = 10000`, no warm-up (which
+    Adafactor does not need) and a linear decay over the last 20,000 steps.
+
+    Args:
+      warmup_steps: the rate rises linearly from 0 over that many steps.
+      decay_steps: the rate falls linearly to 0 over the last that many of `total_steps`.
+    """
+
+    def schedule(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        rate = learning_rate / jnp.sqrt(jnp.maximum(step, float(max(hold_steps, 1))))
+        if warmup_steps:
+            rate *= jnp.minimum(1.0, (step + 1) / warmup_steps)
+        if decay_steps:
+            rate *= jnp.clip((total_steps - step) / decay_steps, 0.0, 1.0)
+        return rate
+
+    return schedule
+
+
+def build_optimizer(
+    name: str, schedule: optax.Schedule, *, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Adafactor as the paper has it, or AdamW (betas 0.9 and 0.98, gradients clipped to norm 1).
+
+    Raises:
+      ValueError: another name.
+    """
+    if name == "adafactor":
+        return optax.adafactor(schedule, weight_decay_rate=weight_decay or None)
+    if name == "adamw":
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(schedule, b1=0.9, b2=0.98, eps=1e-9, weight_decay=weight_decay),
+        )
+    raise ValueError(f"optimizer {name!r} is not one of ['adafactor', 'adamw']")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a training run consists of at a moment.
+
+    Attributes:
+      step: updates done; also the position in the data, counted in batches.
+      params: the model's weights.
+      opt_state: the optimizer's.
+    """
+
+    step: Array
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def init_state(
+    build: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    rules: ShardingRules | None = None,
+) -> tuple[nnx.Module, TrainState]:
+    """The state before the first step, each weight made where the rules put it.
+
+    Args:
+      build: makes the model from `rngs=`.
+      seed: of the weights.
+      rules: `ShardingRules()` when None.
+
+    Returns:
+      the model with shapes in place of weights, which the functions below take their structure
+      from, and the state.
+    """
+    rules = rules or ShardingRules()
+
+    def make_model() -> nnx.Module:
+        return build(rngs=nnx.Rngs(params=seed))
+
+    model = nnx.eval_shape(make_model)
+    shardings = rules.params(mesh, nnx.state(model))
+    params = jax.jit(lambda: nnx.state(make_model()), out_shardings=shardings)()
+    return model, TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+
+
+def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
+    """Logits `[B, T, V]` of a batch as `mqa_jax.data` makes it."""
+    if isinstance(model, DecoderOnly):
+        return model(
+            batch["target_inputs"],
+            segment_ids=batch["target_segment_ids"],
+            positions=batch["target_positions"],
+            rngs=rngs,
+        )
+    segments_and_positions = {
+        f"{side}_{what}": batch[f"{side}_{what}"]
+        for side in ("source", "target")
+        for what in ("segment_ids", "positions")
+    }
+    return model(
+        batch["source_tokens"], batch["target_inputs"], rngs=rngs, **segments_and_positions
+    )
+
+
+def make_train_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted update; the state handed in is donated.
+
+    Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
+
+    Returns:
+      a function of state and batch to the new state and the metrics `loss`, `ln_perplexity` (both
+      the mean a target token, in nats), `accuracy`, `gradient_norm` and `tokens` (target tokens).
+    """
+    graphdef = nnx.graphdef(model)
+
+    def loss_fn(params: nnx.State, batch: Batch, key: Array):
+        logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
+        loss_BT, nll_BT = cross_entropy(
+            logits_BTV, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss
+        )
+        sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
+        return sums["loss"] / jnp.maximum(sums["tokens"], 1), sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The rbg generator is several times faster than the default, on TPU and CPU alike.
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+        gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = mean_metrics(sums) | {"gradient_norm": optax.global_norm(gradients)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(model: nnx.Module) -> Callable[[nnx.State, Batch], Metrics]:
+    """A jitted function of parameters and batch to sums over tokens, for `mean_metrics`."""
+    graphdef = nnx.graphdef(model)
+
+    @jax.jit
+    def eval_step(params: nnx.State, batch: Batch) -> Metrics:
+        logits_BTV = apply(nnx.merge(graphdef, params), batch, rngs=None)
+        loss_BT, nll_BT = cross_entropy(logits_BTV, batch["targets"])
+        return _sums(loss_BT, nll_BT, logits_BTV, batch)
+
+    return eval_step
+
+
+def _sums(loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch) -> Metrics:
+    """Sums over the tokens that are no padding; unlike means, they add up over batches."""
+    is_token_BT = (batch["target_segment_ids"] > 0).astype(jnp.float32)
+    is_right_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
+    return {
+        "loss": jnp.sum(loss_BT * is_token_BT),
+        "nll": jnp.sum(nll_BT * is_token_BT),
+        "right": jnp.sum(is_right_BT * is_token_BT),
+        "tokens": jnp.sum(is_token_BT),
+    }
+
+
+def mean_metrics(sums: Metrics) -> Metrics:
+    """Sums over tokens to `loss`, `ln_perplexity`, `accuracy` and `tokens`."""
+    tokens = jnp.maximum(sums["tokens"], 1)
+    return {
+        "loss": sums["loss"] / tokens,
+        "ln_perplexity": sums["nll"] / tokens,
+        "accuracy": sums["right"] / tokens,
+        "tokens": sums["tokens"],
+    }

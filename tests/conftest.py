@@ -1,0 +1,19 @@
+"""Strictness for every test: what JAX would do implicitly is an error here."""
+
+import os
+
+# Before jax is imported: eight CPU devices, so that shardings are real.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def strict_jax():
+    """Ranks and dtypes are promoted by hand or not at all."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
