@@ -44,12 +44,14 @@ class Decoded:
       tokens: `[B, L]` int32, for beam search `[B, b, L]`, best hypothesis first. Where an
         end-of-sentence was reached it is included, and `pad_id` follows.
       length: `[B]` or `[B, b]` int32: tokens before the padding.
+      steps: `[]` int32: how often `step_fn` was called.
       score: beam search only, `[B, b]` float32: log-probability over length penalty; minus infinity
         marks a hypothesis that does not exist (a vocabulary too small for so wide a beam).
     """
 
     tokens: Array
     length: Array
+    steps: Array
     score: Array | None = None
 
 
@@ -185,8 +187,8 @@ def _decode(
         jnp.zeros(batch, jnp.int32),
         cache,
     )
-    _, _, output_BL, _, length_B, _ = lax.while_loop(is_running, advance, state)
-    return Decoded(output_BL, length_B)
+    steps, _, output_BL, _, length_B, _ = lax.while_loop(is_running, advance, state)
+    return Decoded(output_BL, length_B, steps)
 
 
 def length_penalty(length: Array | int, alpha: float) -> Array | float:
@@ -283,7 +285,7 @@ def beam_search(
         jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=0), cache),
     )
     state = lax.while_loop(is_running, advance, state)
-    step, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state
+    steps, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state
 
     # Live hypotheses are of use only where finished ones are missing: they rank behind those there.
     live_Bb /= length_penalty(max_new_tokens, alpha)
@@ -292,8 +294,8 @@ def beam_search(
     order_Bb = jnp.argsort(rank_Bc, axis=1, stable=True)[:, :beam_size]
     tokens_BbL = jnp.concatenate([finished_BbL, live_BbL], axis=1)[rows_B1, order_Bb]
     score_Bb = jnp.concatenate([finished_Bb, live_Bb], axis=1)[rows_B1, order_Bb]
-    length_Bb = jnp.concatenate([length_Bb, jnp.full_like(length_Bb, step)], axis=1)
-    return Decoded(tokens_BbL, length_Bb[rows_B1, order_Bb], score_Bb)
+    length_Bb = jnp.concatenate([length_Bb, jnp.full_like(length_Bb, steps)], axis=1)
+    return Decoded(tokens_BbL, length_Bb[rows_B1, order_Bb], steps, score_Bb)
 
 
 def _check(step_fn, cache, tokens_B, max_new_tokens: int, eos_id: int | None) -> int:

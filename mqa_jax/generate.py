@@ -3,7 +3,9 @@
 Array letters: B batch   P prompt length   L max_new_tokens
 """
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -74,6 +76,23 @@ def _translate_step(model: EncoderDecoder, cross, tokens_R: Array, cache):
     return model.decode(tokens_R, cache, cross)
 
 
+@dataclasses.dataclass
+class DecodeStats:
+    """What a `LineDecoder` has done so far.
+
+    Attributes:
+      compile_seconds: spent on compiling, once a shape.
+      decode_seconds: spent on all else: encoding or prefill, and the steps.
+      steps: decode steps, each for a whole batch.
+      tokens: decoded for real lines (of the best hypothesis), end-of-sentence included.
+    """
+
+    compile_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+
 class LineDecoder:
     """Decodes lines of text in batches of like length; one compiled program a length.
 
@@ -125,6 +144,8 @@ class LineDecoder:
             )
 
         self._run = run
+        self._compiled = {}
+        self.stats = DecodeStats()
 
     def __call__(
         self, params: nnx.State, lines: Sequence[str], keys: Array | None = None
@@ -154,9 +175,27 @@ class LineDecoder:
             for row, i in enumerate(rows):
                 prompt_BP[row, : lengths_B[row]] = prompts[i]
             keys_B = None if keys is None else keys[np.array(rows)]
-            decoded = jax.device_get(self._run(params, prompt_BP, lengths_B, keys_B, limit))
+            decoded = self._decode(params, prompt_BP, lengths_B, keys_B, limit)
             for row, i in enumerate(batch):
-                yield i, jax.tree.map(lambda x, row=row: x[row], decoded)
+                line = jax.tree.map(
+                    lambda x, row=row: x[row], dataclasses.replace(decoded, steps=None)
+                )
+                self.stats.tokens += int(line.length.flat[0])
+                yield i, dataclasses.replace(line, steps=decoded.steps)
+
+    def _decode(self, params, prompt_BP, lengths_B, keys_B, limit: int) -> Decoded:
+        """One batch, on the host; compiled apart, so that the clock of decoding excludes it."""
+        shape = (prompt_BP.shape, limit)
+        start = time.perf_counter()
+        if shape not in self._compiled:
+            lowered = self._run.lower(params, prompt_BP, lengths_B, keys_B, limit)
+            self._compiled[shape] = lowered.compile()
+        compiled = time.perf_counter()
+        decoded = jax.device_get(self._compiled[shape](params, prompt_BP, lengths_B, keys_B))
+        self.stats.compile_seconds += compiled - start
+        self.stats.decode_seconds += time.perf_counter() - compiled
+        self.stats.steps += int(decoded.steps)
+        return decoded
 
     def _prompt(self, number: int, line: str) -> list[int]:
         """The ids that stand for a line, which must leave room for at least one more."""

@@ -1,0 +1,77 @@
+"""Multi30k, English to German: 29,000 captions of pictures; or parallel text of your own.
+
+    python train.py --config=configs/multi30k.py:multi_query --config.data.path=DIR --workdir=DIR
+    python decode.py --workdir=DIR --input=FILE --output=FILE --beam_size=4
+
+`--config.data.path` names a directory with the files train.en, train.de, val.en, val.de,
+test_2016_flickr.en and test_2016_flickr.de, plain or .gz. A small model (about 5 M parameters in
+every variant), for a CPU.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
+
+VARIANTS = {
+    "multi_head": dict(num_heads=4, num_kv_heads=4, head_dim=64, d_ff=1024),
+    "multi_query": dict(num_heads=4, num_kv_heads=1, head_dim=64, d_ff=1312),
+    "multi_head_local": dict(num_heads=4, num_kv_heads=4, head_dim=64, d_ff=1024, window=8),
+    "multi_query_local": dict(num_heads=4, num_kv_heads=1, head_dim=64, d_ff=1312, window=8),
+    "grouped_query_2": dict(num_heads=4, num_kv_heads=2, head_dim=64, d_ff=1216),
+}
+
+
+def get_config(variant: str = "multi_query") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {sorted(VARIANTS)}")
+    vocab_size = FieldReference(6_016)
+    return ConfigDict(
+        dict(
+            task="translation",
+            model=dict(
+                vocab_size=vocab_size,
+                d_model=256,
+                num_layers=3,
+                max_length=128,
+                window=placeholder(int),
+                dropout_rate=0.3,
+                attention_dropout_rate=0.0,
+                relu_dropout_rate=0.1,
+                dtype="float32",
+                param_dtype="float32",
+            )
+            | VARIANTS[variant],
+            data=dict(
+                builder="parallel_text",
+                path="../multi30k",
+                source="en",
+                target="de",
+                splits=dict(train="train", validation="val", test="test_2016_flickr"),
+                dir="data/multi30k",
+                tfds_dir="",
+                source_length=96,
+                target_length=96,
+                pack=True,
+                on_invalid="error",
+                vocab_size=vocab_size,
+            ),
+            train=dict(
+                steps=6_000,
+                batch_size=24,
+                optimizer="adamw",
+                learning_rate=0.05,
+                hold_steps=1_000,
+                warmup_steps=1_000,
+                decay_steps=2_000,
+                weight_decay=0.01,
+                label_smoothing=0.1,
+                z_loss=1e-4,
+                seed=0,
+                log_every=100,
+                evaluate_every=1_000,
+                checkpoint_every=1_000,
+                keep_checkpoints=2,
+            ),
+            evaluate=dict(lines=1_000, batch_size=64),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+        )
+    )

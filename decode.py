@@ -1,0 +1,185 @@
+"""Decodes with a trained model, or measures what decoding costs:
+
+python decode.py --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
+python decode.py --benchmark --config=configs/wmt14.py [--variants=a,b] --output_dir=DIR
+
+A translation model translates each line; a language model continues it.
+"""
+
+import contextlib
+import functools
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from flax import nnx
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from mqa_jax import beam_search, benchmark, greedy, sample
+from mqa_jax import workdir as workdirs
+from mqa_jax.checkpoint import Checkpoints
+from mqa_jax.data.loader import read_lines
+from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from mqa_jax.generate import LineDecoder, Search
+from mqa_jax.metrics import bleu, exact_match
+from mqa_jax.training import MODELS, build_model
+from mqa_jax.transformer import TransformerConfig
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The --workdir of a training run.")
+INPUT = flags.DEFINE_string("input", "-", "A text to decode line by line; - is standard input.")
+OUTPUT = flags.DEFINE_string("output", "-", "Where the lines go; - is standard output.")
+REFERENCE = flags.DEFINE_string("reference", None, "The right lines: prints BLEU.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Lines decoded at once.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "At most that many tokens a line; by default 50 more than it has."
+)
+BEAM_SIZE = flags.DEFINE_integer("beam_size", 1, "Above 1: beam search.", lower_bound=1)
+ALPHA = flags.DEFINE_float("alpha", 0.6, "Length penalty of the beam search.")
+SAMPLE = flags.DEFINE_bool("sample", False, "Draw tokens instead of taking the best.")
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "For --sample.")
+TOP_K = flags.DEFINE_integer("top_k", None, "For --sample: only the k best tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "For --sample: only the best tokens, of that mass.")
+SEED = flags.DEFINE_integer("seed", 0, "For --sample.")
+
+BENCHMARK = flags.DEFINE_bool("benchmark", False, "Measure --config with random weights.")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="For --benchmark.")
+VARIANTS = flags.DEFINE_list(
+    "variants",
+    ["multi_head", "multi_query", "multi_head_local", "multi_query_local"],
+    "For --benchmark.",
+)
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["8"], "For --benchmark.")
+CONTEXT_LENGTHS = flags.DEFINE_list("context_lengths", ["128"], "For --benchmark.")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "For --benchmark: where the JSON goes.")
+
+
+def main(_) -> None:
+    if BENCHMARK.value:
+        if CONFIG.value is None or OUTPUT_DIR.value is None:
+            raise app.UsageError("--benchmark needs --config and --output_dir")
+        run_benchmark(Path(OUTPUT_DIR.value))
+    elif WORKDIR.value is None:
+        raise app.UsageError("give --workdir to decode, or --benchmark")
+    else:
+        decode_text(Path(WORKDIR.value))
+
+
+def decode_text(workdir: Path) -> None:
+    config = workdirs.load_config(workdir)
+    tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+    lines = read_lines("/dev/stdin" if INPUT.value == "-" else INPUT.value)
+    references = None if REFERENCE.value is None else read_lines(REFERENCE.value)
+    if references is not None and len(references) != len(lines):
+        raise ValueError(
+            f"{REFERENCE.value} has {len(references)} lines, {INPUT.value} has {len(lines)}"
+        )
+    model, params = restore(config, workdir)
+    decoder = LineDecoder(
+        model,
+        tokenizer,
+        search=build_search(),
+        batch_size=BATCH_SIZE.value,
+        bos_id=BOS_ID,
+        max_new_tokens=MAX_NEW_TOKENS.value,
+    )
+    keys = jax.random.split(jax.random.key(SEED.value), len(lines)) if SAMPLE.value else None
+
+    outputs, unended = [""] * len(lines), 0
+    progress = tqdm(total=len(lines), unit="line", disable=not sys.stderr.isatty())
+    for i, decoded in decoder(params, lines, keys):
+        best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0].tolist()
+        unended += EOS_ID not in best
+        outputs[i] = tokenizer.decode(best)
+        progress.update()
+    progress.close()
+
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if OUTPUT.value != "-":
+            file = stack.enter_context(open(OUTPUT.value, "w", encoding="utf-8", newline="\n"))
+        file.writelines(f"{line}\n" for line in outputs)
+    report(decoder, len(lines), unended)
+    if references is not None:
+        score, signature = bleu(outputs, references)
+        print(f"BLEU {score:.2f}  ({signature})", file=sys.stderr)
+        print(f"exact match {100 * exact_match(outputs, references):.1f} %", file=sys.stderr)
+
+
+def restore(config: ConfigDict, workdir: Path) -> tuple[nnx.Module, nnx.State]:
+    """The structure of the model, and the weights of the newest checkpoint."""
+    model = nnx.eval_shape(
+        lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+    )
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
+    params = checkpoints.restore_params(nnx.state(model))
+    checkpoints.close()
+    return model, params
+
+
+def build_search() -> Search:
+    if SAMPLE.value and BEAM_SIZE.value > 1:
+        raise app.UsageError("--sample and --beam_size exclude each other")
+    if SAMPLE.value:
+        return functools.partial(
+            sample,
+            temperature=TEMPERATURE.value,
+            top_k=TOP_K.value,
+            top_p=TOP_P.value,
+            eos_id=EOS_ID,
+        )
+    if BEAM_SIZE.value > 1:
+        return functools.partial(
+            beam_search, beam_size=BEAM_SIZE.value, alpha=ALPHA.value, eos_id=EOS_ID
+        )
+    return functools.partial(greedy, eos_id=EOS_ID)
+
+
+def report(decoder: LineDecoder, lines: int, unended: int) -> None:
+    stats = decoder.stats
+    print(
+        f"{lines} lines, {stats.tokens} tokens in {stats.decode_seconds:.1f} s: "
+        f"{stats.tokens / stats.decode_seconds:.0f} tokens/s, "
+        f"{1e3 * stats.decode_seconds / stats.steps:.2f} ms per step of {BATCH_SIZE.value} lines "
+        f"(compiled in {stats.compile_seconds:.1f} s)",
+        file=sys.stderr,
+    )
+    if unended:
+        print(
+            f"{unended} of them reached the limit of tokens before their end: --max_new_tokens",
+            file=sys.stderr,
+        )
+
+
+def run_benchmark(output_dir: Path) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    costs = []
+    for variant in VARIANTS.value:
+        config = variant_config(variant)
+        for batch in map(int, BATCH_SIZES.value):
+            for context_length in map(int, CONTEXT_LENGTHS.value):
+                print(f"{variant}, batch {batch}, context {context_length}", file=sys.stderr)
+                cost = benchmark.measure(
+                    variant,
+                    MODELS[config.task],
+                    TransformerConfig(**config.model),
+                    batch=batch,
+                    context_length=context_length,
+                )
+                costs.append(cost)
+    benchmark.save(costs, output_dir / "benchmark.json")
+    benchmark.print_table(costs)
+
+
+def variant_config(variant: str) -> ConfigDict:
+    """Another variant of the file behind --config, with the same overrides."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    config = runpy.run_path(path)["get_config"](variant)
+    config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+    return config
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,134 @@
+"""Batches of a prepared directory, by random access: the position in the data is one integer.
+
+Array letters: B rows a batch and process   S source_length   T target_length
+"""
+
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import msgpack
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from mqa_jax.data.manifest import Manifest, records_path
+from mqa_jax.data.packing import to_arrays
+
+Batch = dict[str, np.ndarray]
+
+# Each thread makes whole batches. Two keep the slowest model's processor free and the fastest fed;
+# eight batches ahead ride out a slow read.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+def train_batches(
+    directory: str | Path,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless batches of the training split, shuffled anew in every epoch.
+
+    The stream is a function of `seed` and `batch_size` alone. From `start=n` it goes on as a stream
+    from 0 does after `n` batches, and each process gets its share of the rows of the same batches,
+    so a run can be resumed on another number of hosts.
+
+    Args:
+      directory: what `prepare` made.
+      batch_size: rows of a batch over all processes.
+      seed: of the shuffle, from 0.
+      start: batches of this stream that were consumed before.
+      process_index: which of the processes this one is.
+      process_count: how many there are.
+
+    Yields:
+      int32 arrays `[B, S]` and `[B, T]` as in `packing.to_arrays`, where
+      `B = batch_size / process_count`.
+
+    Raises:
+      ValueError: there are fewer rows than `batch_size`, or they cannot be shared out evenly.
+    """
+    rows = _Rows(directory, "train")
+    if batch_size > len(rows):
+        raise ValueError(
+            f"batch_size {batch_size} is more than the {len(rows)} rows of {directory}: lower it, "
+            "or prepare more data or shorter rows"
+        )
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    return _batches(dataset, batch_size, start, process_index, process_count)
+
+
+def eval_batches(
+    directory: str | Path,
+    split: str,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """All rows of a split, once and in order, the last batch filled up with rows of padding.
+
+    Args and Yields: as for `train_batches`.
+
+    Raises:
+      ValueError: there is no such split, or the rows cannot be shared out evenly.
+    """
+    dataset = grain.MapDataset.source(_Rows(directory, split, multiple_of=batch_size))
+    return _batches(dataset, batch_size, 0, process_index, process_count)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file; only "\\n" ends one, unlike with `str.splitlines`."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [line.removesuffix("\n") for line in file]
+
+
+class _Rows:
+    """Random access to a split's rows as arrays, then to padding up to a round number of rows."""
+
+    def __init__(self, directory: str | Path, split: str, multiple_of: int = 1):
+        manifest = Manifest.read(directory)
+        path = records_path(directory, split)
+        self._rows = manifest.split(split).rows
+        self._records = ArrayRecordDataSource(str(path))
+        if len(self._records) != self._rows:
+            raise ValueError(
+                f"{path} has {len(self._records)} records, the manifest says {self._rows}: delete "
+                f"{directory} and prepare the data again"
+            )
+        self._length = self._rows + -self._rows % multiple_of
+        self._shape = manifest.request["source_length"], manifest.request["target_length"]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        row = msgpack.unpackb(self._records[index]) if index < self._rows else []
+        return to_arrays(row, *self._shape)
+
+
+def _batches(
+    dataset: grain.MapDataset,
+    batch_size: int,
+    start: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared out among {process_count} processes: give "
+            f"a positive multiple of {process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not one of {process_count}, from 0")
+    if start < 0:
+        raise ValueError(f"start {start} is negative: give a number of consumed batches")
+    # Every P-th small batch, from the p-th: with the others', it makes up the global batch.
+    local = dataset.batch(batch_size // process_count)[process_index::process_count]
+    iterator = iter(local.to_iter_dataset(READ_OPTIONS))
+    iterator.set_state({"next_index": operator.index(start)})
+    return iterator

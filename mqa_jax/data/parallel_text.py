@@ -1,0 +1,151 @@
+"""`parallel_text`: a user's own text, one sentence a line, as a TFDS dataset.
+
+For translation a split is two files whose lines belong together, `<stem>.<source>` and
+`<stem>.<target>`; for a language model it is one, `<stem>.<target>`. Each may be gzipped, and is
+then called `<name>.gz`.
+
+    config = parallel_text_config("my/text", "en", "de", {"train": "train", "validation": "dev"})
+    builder = ParallelText(config=config, data_dir=directory, file_format="array_record")
+    builder.download_and_prepare()
+    builder.as_data_source("train")[0]  # {"en": b"Hello.", "de": b"Hallo.", "line": 1}
+
+Blank lines are kept: what is to be done about them is not for this file to say.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+LINE = "line"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class ParallelTextConfig(tfds.core.BuilderConfig):
+    """Which files a dataset is made of; made by `parallel_text_config`.
+
+    Attributes:
+      files: split -> side (such as "en") -> file.
+      hashes: file name, without ".gz" -> sha256 of the text in it.
+    """
+
+    files: dict[str, dict[str, Path]]
+    hashes: dict[str, str]
+
+
+def parallel_text_config(
+    path: str | Path, source: str, target: str, splits: Mapping[str, str]
+) -> ParallelTextConfig:
+    """Finds and hashes the files of a dataset.
+
+    The name of the config holds a hash of all the text, so that TFDS, which keeps what it has built
+    under that name, builds anew when a file has changed.
+
+    Args:
+      path: the directory that the files are in.
+      source: suffix of the source files; "" for a language model.
+      target: suffix of the target files.
+      splits: split -> stem of its files.
+
+    Raises:
+      ValueError: a file is missing, is there twice, is empty, or cannot be read; or both sides have
+        one suffix.
+    """
+    if source == target:
+        raise ValueError(f"source and target are both {target!r}: name two different suffixes")
+    sides = [side for side in (source, target) if side]
+    files = {
+        split: {side: _find(Path(path), f"{stem}.{side}") for side in sides}
+        for split, stem in splits.items()
+    }
+    hashes = {
+        f"{splits[split]}.{side}": _sha256(file)
+        for split, of_side in files.items()
+        for side, file in of_side.items()
+    }
+    everything = json.dumps([sides, dict(splits), hashes], sort_keys=True)
+    digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
+    return ParallelTextConfig(name="-".join([*sides, digest]), files=files, hashes=hashes)
+
+
+def _find(directory: Path, name: str) -> Path:
+    plain, zipped = directory / name, directory / f"{name}.gz"
+    found = [file for file in (plain, zipped) if file.is_file()]
+    if len(found) == 2:
+        raise ValueError(f"{plain} and {zipped} are both there: remove one of them")
+    if not found:
+        raise ValueError(f"found neither {plain} nor {zipped}: check path, splits and suffixes")
+    return found[0]
+
+
+def _open(file: Path):
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with _open(file) as text:
+            if not text.peek(1):
+                raise ValueError(f"{file} is empty: remove its split, or put text into it")
+            return hashlib.file_digest(text, "sha256").hexdigest()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be read ({error}): copy it here again") from error
+
+
+def _lines(file: Path) -> Iterator[str]:
+    # Read as bytes: in text mode a lone "\r" would end a line too, and `str.splitlines` would split
+    # at six more characters, so that the two files would no longer run side by side.
+    with _open(file) as text:
+        for number, line in enumerate(text, start=1):
+            try:
+                yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{file}:{number}: not UTF-8 ({error}): convert the file, with iconv say"
+                ) from error
+
+
+class ParallelText(tfds.core.GeneratorBasedBuilder):
+    """Text files whose lines belong together, or of one language alone."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+
+    builder_config: ParallelTextConfig
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        sides = next(iter(self.builder_config.files.values()))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Lines of text files, in the order and number that they have there.",
+            features=tfds.features.FeaturesDict(
+                {LINE: tfds.features.Scalar(np.int64)}
+                | {side: tfds.features.Text() for side in sides}
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # there is nothing to download
+        return {
+            split: self._generate_examples(files)
+            for split, files in self.builder_config.files.items()
+        }
+
+    def _generate_examples(self, files: Mapping[str, Path]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, texts in enumerate(itertools.zip_longest(*map(_lines, files.values())), 1):
+            if None in texts:
+                counts = [f"{file} has {sum(1 for _ in _lines(file))}" for file in files.values()]
+                raise ValueError(
+                    f"unequal numbers of lines: {' and '.join(counts)}; line N of the one has to "
+                    "be the translation of line N of the other"
+                )
+            yield number, {LINE: number} | dict(zip(files, texts, strict=True))

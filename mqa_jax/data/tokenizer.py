@@ -1,0 +1,172 @@
+"""Text to token ids and back, without loss: SentencePiece, its ids 0 to 3 fixed."""
+
+import hashlib
+import io
+import logging
+import os
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+PAD_ID = 0
+BOS_ID = 1
+EOS_ID = 2
+UNK_ID = 3
+
+# Beyond this the pieces hardly change, and training takes much memory and time.
+MAX_TRAINING_SENTENCES = 2_000_000
+
+
+class Tokenizer:
+    """A SentencePiece unigram model that keeps every character.
+
+    Characters it did not learn become their UTF-8 bytes, and neither letters nor spaces are
+    normalized, so `decode(encode(text)) == text`. The one exception is U+2581 (a low block), which
+    is SentencePiece's own mark for a space and comes back as one.
+    """
+
+    def __init__(self, model: bytes):
+        """Args:
+          model: a serialized SentencePiece model, as `train` writes it.
+
+        Raises:
+          ValueError: it is none, or not one with the ids of this module.
+        """
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{len(model)} bytes that are no SentencePiece model") from error
+        ids = (
+            self._model.pad_id(),
+            self._model.bos_id(),
+            self._model.eos_id(),
+            self._model.unk_id(),
+        )
+        if ids != (PAD_ID, BOS_ID, EOS_ID, UNK_ID):
+            raise ValueError(
+                f"the model's ids of pad, bos, eos and unk are {ids}, not "
+                f"{(PAD_ID, BOS_ID, EOS_ID, UNK_ID)}: use one that Tokenizer.train made"
+            )
+        self.sha256 = hashlib.sha256(model).hexdigest()
+
+    @classmethod
+    def train(cls, sentences: Iterable[str], path: str | Path, vocab_size: int) -> "Tokenizer":
+        """Trains a tokenizer and writes it to the file `path`.
+
+        The same sentences give the same file, byte for byte. Of more than
+        `MAX_TRAINING_SENTENCES` a random sample of that many is used, and a warning says so.
+
+        Args:
+          sentences: read once.
+          path: where to write the model.
+          vocab_size: the number of ids, exactly.
+
+        Raises:
+          ValueError: there are no sentences, or too few for that many ids, or the alphabet alone
+            takes more ids.
+        """
+        sample = _sample(sentences, MAX_TRAINING_SENTENCES)
+        longest = max((len(sentence.encode()) for sentence in sample), default=0)
+        if not longest:
+            raise ValueError("there is no text to train a tokenizer on: all sentences are empty")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sample),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="unigram",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                pad_id=PAD_ID,
+                bos_id=BOS_ID,
+                eos_id=EOS_ID,
+                unk_id=UNK_ID,
+                # Longer sentences would be left out without a word.
+                max_sentence_length=longest + 1,
+                # The sums of its threads are added in their order, so their number is fixed.
+                num_threads=16,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _explained(error, vocab_size) from error
+        Path(path).write_bytes(model.getvalue())
+        return cls(model.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads what `train` wrote.
+
+        Raises:
+          ValueError: there is no such file, or it is no model of this kind.
+        """
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no tokenizer at {path}: prepare the data first")
+        try:
+            return cls(Path(path).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids; they are 0 to `vocab_size - 1`."""
+        return self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text: no BOS in front, EOS at the end."""
+        return [*self._model.encode(text), EOS_ID]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids up to the first EOS, padding and BOS left out.
+
+        Raises:
+          ValueError: an id before EOS is not in the vocabulary.
+        """
+        kept = []
+        for token in map(int, ids):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"id {token} is not in the vocabulary, 0 to {self.vocab_size - 1}: it was made "
+                    "with another tokenizer"
+                )
+            if token == EOS_ID:
+                break
+            if token not in (PAD_ID, BOS_ID):
+                kept.append(token)
+        return self._model.decode(kept)
+
+
+def _sample(sentences: Iterable[str], size: int) -> list[str]:
+    """All of the sentences, or `size` of them drawn evenly, always the same."""
+    rng = random.Random(0)
+    sample: list[str] = []
+    seen = 0
+    for seen, sentence in enumerate(sentences, start=1):
+        if len(sample) < size:
+            sample.append(sentence)
+        elif (slot := int(rng.random() * seen)) < size:
+            sample[slot] = sentence
+    if seen > size:
+        logging.getLogger(__name__).warning(
+            "the tokenizer is trained on a sample: %d of %d sentences", size, seen
+        )
+    return sample
+
+
+def _explained(error: RuntimeError, vocab_size: int) -> Exception:
+    message = str(error)
+    if match := re.search(r"set it to a value <= (\d+)", message):
+        return ValueError(
+            f"vocab_size {vocab_size} is more than this text has pieces for, {match[1]} at most: "
+            f"set --config.data.vocab_size={match[1]} or lower, or give more text"
+        )
+    if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+        return ValueError(
+            f"vocab_size {vocab_size} is less than bytes and alphabet take, {match[1]}: set "
+            f"--config.data.vocab_size above {match[1]}"
+        )
+    return error
