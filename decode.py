@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -57,6 +57,7 @@ OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "For --benchmark: where the
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
     if BENCHMARK.value:
         if CONFIG.value is None or OUTPUT_DIR.value is None:
             raise app.UsageError("--benchmark needs --config and --output_dir")
@@ -171,6 +172,10 @@ def run_benchmark(output_dir: Path) -> None:
                 costs.append(cost)
     benchmark.save(costs, output_dir / "benchmark.json")
     benchmark.print_table(costs)
+    if len(CONTEXT_LENGTHS.value) > 1:
+        for batch in map(int, BATCH_SIZES.value):
+            path = output_dir / f"step_cost_batch_{batch}.png"
+            benchmark.plot([cost for cost in costs if cost.batch == batch], path)
 
 
 def variant_config(variant: str) -> ConfigDict:

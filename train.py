@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
@@ -171,6 +171,7 @@ def make_evaluate(config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, d
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
     train(CONFIG.value, WORKDIR.value)
 
 

@@ -1,4 +1,4 @@
-"""From raw text to batches: build, tokenize and pack once (`prepare`), then read at random (`loader`).
+"""Raw text to batches: tokenize and pack once (`prepare`), then read at random (`loader`).
 
 Nothing in here imports JAX, and nothing imports TensorFlow.
 """

@@ -24,7 +24,9 @@ class SplitStats:
       rows: rows that they were packed into; as many as there are records.
       source_tokens: tokens, EOS included, padding not.
       target_tokens: likewise.
-      fill: the part of all rows that is not padding, 0 to 1.
+      source_fill: the part of the rows' source side that is not padding, 0 to 1; 0 for a language
+        model.
+      target_fill: likewise.
       dropped: reason -> number of examples left out for it.
     """
 
@@ -32,7 +34,8 @@ class SplitStats:
     rows: int
     source_tokens: int
     target_tokens: int
-    fill: float
+    source_fill: float
+    target_fill: float
     dropped: dict[str, int]
 
 

@@ -1,4 +1,4 @@
-"""`number_phrases`: English numbers in words and the same in German, a dataset that needs no download.
+"""`number_phrases`: numbers in English words and in German ones, a dataset without a download.
 
 Small, regular and exactly right or wrong, it shows within minutes on a CPU whether a model learns
 to translate. The words come from the `num2words` library.

@@ -19,19 +19,28 @@ It reads `config.data` only:
     vocab_size     of the tokenizer, both languages jointly
 """
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+import msgpack
+from absl import app, flags
+from array_record.python.array_record_module import ArrayRecordWriter
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from mqa_jax.data.manifest import (
     MANIFEST,
     TOKENIZER,
     Manifest,
+    SplitStats,
+    records_path,
+    text_path,
 )
+from mqa_jax.data.packing import Pair, pack
 from mqa_jax.data.parallel_text import parallel_text_config
 from mqa_jax.data.raw import Example, RawText, wanted_splits
 from mqa_jax.data.tokenizer import Tokenizer
@@ -54,17 +63,17 @@ def prepare(data: ConfigDict) -> Path:
         had, or an example is invalid and `on_invalid` is "error".
     """
     directory = Path(data.dir)
-    request = _request(data)
     if (directory / MANIFEST).exists():
-        _check_same(directory, Manifest.read(directory).request, request)
+        _check_same(directory, data)
         return directory
+    request = _request(data) | {"files": _files(data)}
     directory.mkdir(parents=True, exist_ok=True)
     raw = RawText(data)
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=directory) as name:
         incomplete = Path(name)
         train = (
             text
-            for example in _valid(raw, data, "train", Counter())
+            for example in _texts(raw, data, "train", Counter())
             for text in example.texts.values()
         )
         tokenizer = Tokenizer.train(train, incomplete / TOKENIZER, data.vocab_size)
@@ -85,7 +94,7 @@ def prepare(data: ConfigDict) -> Path:
 
 
 def _request(data: ConfigDict) -> dict[str, Any]:
-    """All that decides the contents, in the form that the manifest holds it in."""
+    """The fields that decide the contents, in the form that the manifest holds them in."""
     if data.on_invalid not in ("error", "drop"):
         raise ValueError(f'on_invalid {data.on_invalid!r} is neither "error" nor "drop"')
     if bool(data.source) != bool(data.source_length) or data.source_length < 0:
@@ -105,15 +114,26 @@ def _request(data: ConfigDict) -> dict[str, Any]:
         )
     fields = ("builder", "source", "target", "source_length", "target_length")
     fields += ("pack", "on_invalid", "vocab_size")
-    splits = wanted_splits(data)
-    files = {}
-    if data.path:
-        files = parallel_text_config(data.path, data.source, data.target, splits).hashes
     request = {field: data[field] for field in fields}
-    return {"format": FORMAT} | request | {"splits": splits, "files": files}
+    return {"format": FORMAT} | request | {"splits": wanted_splits(data)}
 
 
-def _check_same(directory: Path, was: dict[str, Any], asked: dict[str, Any]) -> None:
+def _files(data: ConfigDict) -> dict[str, str]:
+    """Name -> hash of the user's own files."""
+    if not data.path:
+        return {}
+    splits = wanted_splits(data)
+    return parallel_text_config(data.path, data.source, data.target, splits).hashes
+
+
+def _check_same(directory: Path, data: ConfigDict) -> None:
+    was, asked = Manifest.read(directory).request, _request(data)
+    if data.path and not Path(data.path).exists():
+        # Prepared on another machine and copied here: no text, no hashes to compare.
+        print(f"{data.path} is not here: {directory} is taken to be made of it")
+        asked["files"] = was["files"]
+    else:
+        asked["files"] = _files(data)
     differences = [
         f"  {field}: was {was.get(field)!r}, asked {asked.get(field)!r}"
         for field in sorted(was.keys() | asked.keys())
@@ -126,8 +146,119 @@ def _check_same(directory: Path, was: dict[str, Any], asked: dict[str, Any]) -> 
         )
 
 
-def _valid(raw: RawText, data: ConfigDict, split: str, dropped: Counter) -> Iterator[Example]:
-    """The examples with text on every side."""
-    name = wanted_splits(data)[split]
-    examples = raw.examples(name)
-    ...
+def _drop(
+    raw: RawText, data: ConfigDict, split: str, example: Example, side: str, reason: str, way: str
+) -> None:
+    """Refuses an invalid example, unless it may be dropped."""
+    if data.on_invalid == "error":
+        raise ValueError(
+            f"{raw.where(split, side, example)}: {reason}; {way}, or leave out all such examples, "
+            "counted, with --config.data.on_invalid=drop"
+        )
+
+
+def _texts(raw: RawText, data: ConfigDict, split: str, dropped: Counter) -> Iterator[Example]:
+    """The examples with text on every side; the others are counted in `dropped`."""
+    # On a terminal only: in a log file a progress bar is one endless line.
+    for example in tqdm(raw.examples(split), split, raw.count(split), disable=None, leave=False):
+        blank = [side for side, text in example.texts.items() if not text.strip()]
+        if blank:
+            _drop(raw, data, split, example, blank[0], "blank", "write or delete it on both sides")
+            dropped["blank"] += 1
+        else:
+            yield example
+
+
+def _pairs(
+    raw: RawText, tokenizer: Tokenizer, data: ConfigDict, split: str, dropped: Counter
+) -> Iterator[tuple[Example, Pair]]:
+    """The examples that a row has room for, and their ids; the others are counted in `dropped`."""
+    fields = {data.source: "source_length", data.target: "target_length"}
+    for example in _texts(raw, data, split, dropped):
+        ids = {side: tokenizer.encode(text) for side, text in example.texts.items()}
+        long = [side for side, sentence in ids.items() if len(sentence) > data[fields[side]]]
+        if long:
+            field = fields[long[0]]
+            reason = f"{len(ids[long[0]])} tokens, {data[field]} fit into a row"
+            way = f"raise --config.data.{field}, or split it"
+            _drop(raw, data, split, example, long[0], reason, way)
+            dropped["too_long"] += 1
+        else:
+            yield example, (ids.get(data.source, []), ids[data.target])
+
+
+def _write_split(
+    raw: RawText, tokenizer: Tokenizer, data: ConfigDict, split: str, directory: Path
+) -> SplitStats:
+    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        writer = ArrayRecordWriter(str(records_path(directory, split)), "group_size:1")
+        stack.callback(writer.close)
+        lines = {
+            side: stack.enter_context(
+                text_path(directory, split, side).open("w", encoding="utf-8", newline="\n")
+            )
+            for side in (data.source, data.target)
+            if side and split != "train"
+        }
+
+        def pairs() -> Iterator[Pair]:
+            for example, pair in _pairs(raw, tokenizer, data, split, dropped):
+                for side, file in lines.items():
+                    if "\n" in example.texts[side]:
+                        raise ValueError(
+                            f"{raw.where(split, side, example)}: the text holds a line break, but "
+                            f"{text_path(directory, split, side).name} has one example a line: "
+                            "name a split of single sentences"
+                        )
+                    file.write(example.texts[side] + "\n")
+                yield pair
+
+        rows = ([pair] for pair in pairs())
+        if data.pack:
+            rows = pack(pairs(), data.source_length, data.target_length)
+        for row in rows:
+            writer.write(msgpack.packb(row))
+            counts["rows"] += 1
+            counts["examples"] += len(row)
+            counts["source_tokens"] += sum(len(source) for source, _ in row)
+            counts["target_tokens"] += sum(len(target) for _, target in row)
+    if not counts["rows"]:
+        raise ValueError(
+            f"no example is left of {split}, all {dropped.total()} were dropped: {dict(dropped)}"
+        )
+    fills = {
+        f"{side}_fill": round(counts[f"{side}_tokens"] / (counts["rows"] * length or 1), 4)
+        for side, length in (("source", data.source_length), ("target", data.target_length))
+    }
+    return SplitStats(**counts, **fills, dropped=dict(dropped))
+
+
+def _report(directory: Path, manifest: Manifest) -> str:
+    lines = [f"{directory}:"]
+    for split, stats in manifest.splits.items():
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in stats.dropped.items())
+        lines.append(
+            f"  {split:10} {stats.examples:,} examples in {stats.rows:,} rows, filled "
+            f"{stats.source_fill:.1%} and {stats.target_fill:.1%}; dropped: {dropped or 'none'}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    # Not at import: a script with a --config of its own imports this file.
+    config = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
+    flags.mark_flag_as_required("config")
+
+    def run(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise app.UsageError(f"arguments that mean nothing: {arguments[1:]}")
+        prepare(config.value.data)
+
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 from mqa_jax.data.number_phrases import NumberPhrases
 from mqa_jax.data.parallel_text import LINE, ParallelText, parallel_text_config
 
+# One by one, examples take ten times as long to read.
+READ_AT_ONCE = 1024
+
 
 class Example(NamedTuple):
     """An example of a split.
@@ -38,6 +41,9 @@ class RawText:
     def __init__(self, data: ConfigDict):
         self._sides = [side for side in (data.source, data.target) if side]
         self._builder = _builder(data)
+        self._names = wanted_splits(data)
+        if isinstance(self._builder, ParallelText):
+            self._names = {split: split for split in self._names}
         if not self._builder.is_prepared():
             _build(self._builder)
         if missing := set(self._sides) - set(self._builder.info.features):
@@ -47,21 +53,24 @@ class RawText:
                 "--config.data.target to two of these"
             )
 
-    def examples(self, split: str) -> Iterator[Example]:
-        """The examples of a split, by the name that TFDS has for it, in their order."""
-        for index, features in enumerate(self._builder.as_data_source(split)):
-            texts = {side: features[side].decode("utf-8") for side in self._sides}
-            yield Example(int(features.get(LINE, index)), texts)
-
     def count(self, split: str) -> int:
-        """How many there are."""
-        return len(self._builder.as_data_source(split))
+        """How many examples "train", "validation" or "test" has."""
+        return len(self._builder.as_data_source(self._names[split]))
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """The examples of a split in their order."""
+        source = self._builder.as_data_source(self._names[split])
+        for start in range(0, len(source), READ_AT_ONCE):
+            block = range(start, min(start + READ_AT_ONCE, len(source)))
+            for index, features in zip(block, source.__getitems__(block), strict=True):
+                texts = {side: features[side].decode("utf-8") for side in self._sides}
+                yield Example(int(features.get(LINE, index)), texts)
 
     def where(self, split: str, side: str, example: Example) -> str:
         """Where a user finds one side of an example, for messages."""
         if isinstance(self._builder, ParallelText):
             return f"{self._builder.builder_config.files[split][side]}:{example.number}"
-        return f"{self._builder.info.full_name}, {split}[{example.number}], {side!r}"
+        return f"{self._builder.info.full_name}, {self._names[split]}[{example.number}], {side!r}"
 
 
 def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
