@@ -16,17 +16,10 @@ import jax
 from absl import app, flags, logging
 from flax import nnx
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
-from mqa_jax import beam_search, benchmark, greedy, sample
-from mqa_jax import workdir as workdirs
-from mqa_jax.checkpoint import Checkpoints
-from mqa_jax.data.loader import read_lines
-from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from mqa_jax import TransformerConfig, beam_search, benchmark, greedy, sample
 from mqa_jax.generate import LineDecoder, Search
-from mqa_jax.metrics import bleu, exact_match
 from mqa_jax.training import MODELS, build_model
-from mqa_jax.transformer import TransformerConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The --workdir of a training run.")
 INPUT = flags.DEFINE_string("input", "-", "A text to decode line by line; - is standard input.")
@@ -69,6 +62,14 @@ def main(_) -> None:
 
 
 def decode_text(workdir: Path) -> None:
+    # Here and not above: the benchmark runs where JAX and Flax are, and none of what these need.
+    from tqdm import tqdm
+
+    from mqa_jax import workdir as workdirs
+    from mqa_jax.data.loader import read_lines
+    from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+    from mqa_jax.metrics import bleu, exact_match
+
     config = workdirs.load_config(workdir)
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     lines = read_lines("/dev/stdin" if INPUT.value == "-" else INPUT.value)
@@ -77,11 +78,11 @@ def decode_text(workdir: Path) -> None:
         raise ValueError(
             f"{REFERENCE.value} has {len(references)} lines, {INPUT.value} has {len(lines)}"
         )
-    model, params = restore(config, workdir)
+    model, params = restore(config, workdir / workdirs.CHECKPOINTS)
     decoder = LineDecoder(
         model,
         tokenizer,
-        search=build_search(),
+        search=build_search(EOS_ID),
         batch_size=BATCH_SIZE.value,
         bos_id=BOS_ID,
         max_new_tokens=MAX_NEW_TOKENS.value,
@@ -109,18 +110,20 @@ def decode_text(workdir: Path) -> None:
         print(f"exact match {100 * exact_match(outputs, references):.1f} %", file=sys.stderr)
 
 
-def restore(config: ConfigDict, workdir: Path) -> tuple[nnx.Module, nnx.State]:
+def restore(config: ConfigDict, directory: Path) -> tuple[nnx.Module, nnx.State]:
     """The structure of the model, and the weights of the newest checkpoint."""
+    from mqa_jax.checkpoint import Checkpoints
+
     model = nnx.eval_shape(
         lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
     )
-    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
+    checkpoints = Checkpoints(directory)
     params = checkpoints.restore_params(nnx.state(model))
     checkpoints.close()
     return model, params
 
 
-def build_search() -> Search:
+def build_search(eos_id: int) -> Search:
     if SAMPLE.value and BEAM_SIZE.value > 1:
         raise app.UsageError("--sample and --beam_size exclude each other")
     if SAMPLE.value:
@@ -129,13 +132,13 @@ def build_search() -> Search:
             temperature=TEMPERATURE.value,
             top_k=TOP_K.value,
             top_p=TOP_P.value,
-            eos_id=EOS_ID,
+            eos_id=eos_id,
         )
     if BEAM_SIZE.value > 1:
         return functools.partial(
-            beam_search, beam_size=BEAM_SIZE.value, alpha=ALPHA.value, eos_id=EOS_ID
+            beam_search, beam_size=BEAM_SIZE.value, alpha=ALPHA.value, eos_id=eos_id
         )
-    return functools.partial(greedy, eos_id=EOS_ID)
+    return functools.partial(greedy, eos_id=eos_id)
 
 
 def report(decoder: LineDecoder, lines: int, unended: int) -> None:

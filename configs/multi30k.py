@@ -23,7 +23,7 @@ VARIANTS = {
 def get_config(variant: str = "multi_query") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {sorted(VARIANTS)}")
-    vocab_size = FieldReference(6_016)
+    vocab_size = FieldReference(4_096)
     return ConfigDict(
         dict(
             task="translation",
@@ -33,9 +33,9 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 num_layers=3,
                 max_length=128,
                 window=placeholder(int),
-                dropout_rate=0.3,
+                dropout_rate=0.1,
                 attention_dropout_rate=0.0,
-                relu_dropout_rate=0.1,
+                relu_dropout_rate=0.0,
                 dtype="float32",
                 param_dtype="float32",
             )
@@ -55,20 +55,20 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 vocab_size=vocab_size,
             ),
             train=dict(
-                steps=6_000,
-                batch_size=24,
+                steps=1_800,
+                batch_size=16,
                 optimizer="adamw",
-                learning_rate=0.05,
-                hold_steps=1_000,
-                warmup_steps=1_000,
-                decay_steps=2_000,
-                weight_decay=0.01,
+                learning_rate=0.035,
+                hold_steps=300,
+                warmup_steps=300,
+                decay_steps=900,
+                weight_decay=0.0,
                 label_smoothing=0.1,
-                z_loss=1e-4,
+                z_loss=0.0,
                 seed=0,
                 log_every=100,
-                evaluate_every=1_000,
-                checkpoint_every=1_000,
+                evaluate_every=600,
+                checkpoint_every=300,
                 keep_checkpoints=2,
             ),
             evaluate=dict(lines=1_000, batch_size=64),

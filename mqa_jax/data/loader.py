@@ -58,7 +58,9 @@ def train_batches(
             f"batch_size {batch_size} is more than the {rows.count} rows of {directory}: lower it, "
             "or prepare more data or shorter rows"
         )
-    indices = grain.MapDataset.range(rows.count).seed(seed).shuffle().repeat()
+    # As good as endless. With no number, Grain's length overflows when a batch has one row.
+    epochs = 2**53 // rows.count
+    indices = grain.MapDataset.range(rows.count).seed(seed).shuffle().repeat(epochs)
     return _batches(rows, indices, batch_size, start, process_index, process_count)
 
 

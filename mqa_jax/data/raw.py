@@ -1,6 +1,6 @@
 """Raw text: the splits of any TFDS dataset, as examples that know where they come from."""
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from mqa_jax.data.number_phrases import NumberPhrases
 from mqa_jax.data.parallel_text import LINE, ParallelText, parallel_text_config
+
+SPLITS = ("train", "validation", "test")
 
 # One by one, examples take ten times as long to read.
 READ_AT_ONCE = 1024
@@ -107,10 +109,10 @@ def wanted_splits(data: ConfigDict) -> dict[str, str]:
     Raises:
       ValueError: there is no train or no validation split, or an unknown one.
     """
-    splits = {name: raw for name, raw in data.splits.items() if raw}
-    if not {"train", "validation"} <= splits.keys() <= {"train", "validation", "test"}:
+    splits = {name: data.splits[name] for name in SPLITS if data.splits.get(name)}
+    if not {"train", "validation"} <= splits.keys() or set(data.splits) - set(SPLITS):
         raise ValueError(
-            f"splits {splits}: --config.data.splits.train and .validation have to be named, .test "
-            "may be, and there are no others"
+            f"splits {data.splits.to_dict()}: --config.data.splits.train and .validation have to "
+            "be named, .test may be, and there are no others"
         )
     return splits

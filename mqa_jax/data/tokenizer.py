@@ -135,8 +135,8 @@ class Tokenizer:
                 )
             if token == EOS_ID:
                 break
-            if token not in (PAD_ID, BOS_ID):
-                kept.append(token)
+            kept.append(token)
+        # SentencePiece gives its control ids, padding and BOS among them, no text.
         return self._model.decode(kept)
 
 
@@ -167,6 +167,6 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return ValueError(
             f"vocab_size {vocab_size} is less than bytes and alphabet take, {match[1]}: set "
-            f"--config.data.vocab_size above {match[1]}"
+            f"--config.data.vocab_size={match[1]} or higher"
         )
     return error

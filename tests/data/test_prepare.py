@@ -1,0 +1,364 @@
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgpack
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+import mqa_jax.data
+from mqa_jax.data import prepare as prepare_module
+from mqa_jax.data import raw as raw_module
+from mqa_jax.data.loader import read_lines
+from mqa_jax.data.manifest import Manifest
+from mqa_jax.data.prepare import prepare
+from mqa_jax.data.tokenizer import EOS_ID, Tokenizer
+
+
+def rows(directory, split):
+    source = ArrayRecordDataSource(str(directory / f"{split}.array_record"))
+    return [msgpack.unpackb(record) for record in source.__getitems__(range(len(source)))]
+
+
+def texts(directory, split):
+    """The pairs of a split as text."""
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    return [tuple(map(tokenizer.decode, pair)) for row in rows(directory, split) for pair in row]
+
+
+def lines(text_dir, stem):
+    return list(
+        zip(*(read_lines(text_dir / f"{stem}.{side}") for side in ("en", "de")), strict=True)
+    )
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_everything_arrives(config, text_dir, pack):
+    config.pack = pack
+    directory = prepare(config)
+    assert directory == Path(config.dir)
+    stems = {"train": "train", "validation": "val", "test": "test"}
+    manifest = Manifest.read(directory)
+    for split, stem in stems.items():
+        raw = lines(text_dir, stem)
+        order = sorted if pack else list
+        assert order(texts(directory, split)) == order(raw)
+        stats, packed = manifest.split(split), rows(directory, split)
+        pairs = [pair for row in packed for pair in row]
+        assert (stats.examples, stats.rows, stats.dropped) == (len(raw), len(packed), {})
+        assert stats.source_tokens == sum(len(source) for source, _ in pairs)
+        assert stats.target_tokens == sum(len(target) for _, target in pairs)
+        assert stats.source_fill == pytest.approx(stats.source_tokens / 37 / stats.rows, abs=1e-4)
+        assert stats.target_fill == pytest.approx(stats.target_tokens / 41 / stats.rows, abs=1e-4)
+        assert all(sentence[-1] == EOS_ID for pair in pairs for sentence in pair)
+        if pack:
+            assert stats.rows < stats.examples
+        if split != "train":
+            for i, side in enumerate(("en", "de")):
+                assert read_lines(directory / f"{split}.{side}.txt") == [pair[i] for pair in raw]
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    assert (tokenizer.sha256, tokenizer.vocab_size) == (manifest.tokenizer_sha256, 293)
+    assert {file.name for file in directory.iterdir()} == {
+        "manifest.json",
+        "tokenizer.model",
+        "train.array_record",
+        "validation.array_record",
+        "validation.en.txt",
+        "validation.de.txt",
+        "test.array_record",
+        "test.en.txt",
+        "test.de.txt",
+        "tfds",
+    }
+
+
+def test_the_same_twice(config, tmp_path):
+    contents = []
+    for name in ("one", "two"):
+        config.dir = str(tmp_path / name)
+        directory = prepare(config)
+        contents.append(
+            {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+        )
+    assert contents[0] == contents[1]
+
+
+def test_language_model(config, text_dir):
+    config.update(source="", source_length=0, vocab_size=281)
+    config.splits.test = ""
+    directory = prepare(config)
+    assert sorted(texts(directory, "train")) == sorted(
+        ("", german) for _, german in lines(text_dir, "train")
+    )
+    assert all(source == [] for row in rows(directory, "train") for source, _ in row)
+    assert read_lines(directory / "validation.de.txt") == read_lines(text_dir / "val.de")
+    manifest = Manifest.read(directory)
+    assert manifest.splits.keys() == {"train", "validation"}
+    assert manifest.split("train").source_fill == 0
+    assert not (directory / "validation..txt").exists()
+    assert not list(directory.glob("test*"))
+
+
+def test_prepared_data_is_found_again(config, capsys):
+    prepare(config)
+    before = {file: file.stat().st_mtime_ns for file in Path(config.dir).iterdir()}
+    assert "211 examples" in capsys.readouterr().out
+    assert prepare(config) == Path(config.dir)
+    assert {file: file.stat().st_mtime_ns for file in Path(config.dir).iterdir()} == before
+    assert capsys.readouterr().out == ""
+
+
+def test_other_data_is_refused_field_by_field(config, text_dir):
+    prepare(config)
+    config.update(vocab_size=292, pack=False)
+    config.splits.test = ""
+    (text_dir / "train.en").write_text("changed\n" * 211)
+    with pytest.raises(ValueError) as error:
+        prepare(config)
+    message = str(error.value)
+    assert "  vocab_size: was 293, asked 292\n" in message
+    assert "  pack: was True, asked False\n" in message
+    assert "  splits: was {'train': 'train', 'validation': 'val', 'test'" in message
+    assert "  files: was {" in message
+    assert message.count("was") == 4
+    assert "another --config.data.dir, or delete" in message
+
+
+def test_prepared_data_needs_no_raw_text(config, text_dir, tmp_path, capsys):
+    """Prepared on one machine, trained on another."""
+    prepare(config)
+    text_dir.rename(tmp_path / "elsewhere")
+    assert prepare(config) == Path(config.dir)
+    assert f"{text_dir} is not here" in capsys.readouterr().out
+    config.vocab_size = 292
+    with pytest.raises(ValueError, match="vocab_size: was 293, asked 292"):
+        prepare(config)
+
+
+def test_interrupted_leaves_nothing_whole(config, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert [file.name for file in Path(config.dir).iterdir()] == ["tfds"]
+    with pytest.raises(ValueError, match="no .*manifest.json"):
+        Manifest.read(config.dir)
+    prepare(config)
+    assert Manifest.read(config.dir).split("train").examples == 211
+
+
+def test_killed_between_files_is_not_whole(config, monkeypatch):
+    """The manifest is the last file to appear."""
+    replaced = []
+    replace = Path.replace
+
+    def killed(self, target):
+        if self.name == "manifest.json":
+            raise KeyboardInterrupt
+        replaced.append(self.name)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert len(replaced) == 8
+    prepare(config)
+    assert len(texts(Path(config.dir), "train")) == 211
+
+
+def spoil(text_dir, stem, number, side, text):
+    content = read_lines(text_dir / f"{stem}.{side}")
+    content[number - 1] = text
+    (text_dir / f"{stem}.{side}").write_text("".join(line + "\n" for line in content))
+
+
+@pytest.mark.parametrize("side", ["en", "de"])
+@pytest.mark.parametrize("stem", ["train", "val"])
+@pytest.mark.parametrize("text", ["", " \t\u00a0\r"])
+def test_blank_line(config, text_dir, stem, side, text):
+    spoil(text_dir, stem, 5, side, text)
+    with pytest.raises(ValueError, match=rf"{stem}\.{side}:5: blank; .*on_invalid=drop"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    "side, limit, field", [("en", 37, "source_length"), ("de", 41, "target_length")]
+)
+def test_long_line(config, text_dir, side, limit, field):
+    spoil(text_dir, "val", 5, side, "☃" * limit)
+    message = rf"val\.{side}:5: \d+ tokens, {limit} fit into a row; raise --config\.data\.{field}"
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
+
+
+def test_the_longest_line_fits(config, text_dir):
+    """The limit counts EOS, and is itself allowed."""
+    ids = Tokenizer.load(prepare(config) / "tokenizer.model").encode
+    longest = max(len(ids(english)) for english, _ in lines(text_dir, "val"))
+    config.update(source_length=longest, on_invalid="drop", dir=config.dir + "2")
+    assert Manifest.read(prepare(config)).split("validation").dropped == {}
+    config.update(source_length=longest - 1, dir=config.dir + "3")
+    assert Manifest.read(prepare(config)).split("validation").dropped["too_long"] > 0
+
+
+def test_invalid_examples_are_dropped_and_counted(config, text_dir, capsys):
+    config.on_invalid = "drop"
+    raw = lines(text_dir, "val")
+    spoil(text_dir, "val", 2, "en", "")
+    spoil(text_dir, "val", 3, "de", " ")
+    spoil(text_dir, "val", 5, "de", "☃" * 41)
+    directory = prepare(config)
+    kept = [pair for number, pair in enumerate(raw, start=1) if number not in (2, 3, 5)]
+    assert sorted(texts(directory, "validation")) == sorted(kept)
+    assert read_lines(directory / "validation.de.txt") == [german for _, german in kept]
+    stats = Manifest.read(directory).split("validation")
+    assert stats.dropped == {"blank": 2, "too_long": 1}
+    assert stats.examples == 10
+    assert "10 examples" in (out := capsys.readouterr().out)
+    assert "dropped: 2 blank, 1 too_long" in out
+
+
+def test_a_split_without_examples_is_refused(config, text_dir):
+    config.on_invalid = "drop"
+    for side in ("en", "de"):
+        (text_dir / f"test.{side}").write_text("\n\n\n")
+    with pytest.raises(ValueError, match="no example is left of test, all 3 were dropped"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(on_invalid="truncate"), "on_invalid 'truncate' is neither"),
+        (dict(source=""), "source '' with source_length 37"),
+        (dict(source_length=0), "source 'en' with source_length 0"),
+        (dict(target=""), "target '' with target_length 41"),
+        (dict(target_length=0), "target 'de' with target_length 0"),
+        (dict(path=""), "path '' with builder 'parallel_text'"),
+        (dict(builder="number_phrases"), "path .* with builder 'number_phrases'"),
+        (dict(splits=dict(validation="")), "splits {.*}: --config.data.splits.train and"),
+        (dict(path="/nowhere"), r"found neither /nowhere/train\.en"),
+        (dict(builder="no_such_dataset", path=""), "no_such_dataset"),
+        (dict(builder="lm1b", path=""), "lm1b/.* takes TensorFlow: .*mqa_jax.prepare"),
+        (dict(builder="wmt14_translate/de-en", path=""), "wmt14_translate/.* takes TensorFlow"),
+    ],
+)
+def test_senseless_fields_are_refused(config, monkeypatch, changes, message):
+    monkeypatch.setattr(raw_module.importlib.util, "find_spec", lambda name: None)
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
+    assert not list(Path(config.dir).glob("*"))
+
+
+class FewWords(tfds.core.GeneratorBasedBuilder):
+    """A dataset as TFDS has them: shuffled, its splits named at will, its lines not numbered."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+
+    def _info(self):
+        text = tfds.features.Text()
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"up": text, "down": text})
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"big": self._generate_examples(200), "small": self._generate_examples(20)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            text = " ".join(self.WORDS[i % 8] for i in range(i % 11, i % 11 + i % 5 + 1))
+            yield i, {"up": text.upper(), "down": text + "\n" * (count == 20 and i == 7)}
+
+
+@pytest.fixture
+def few_words(config, monkeypatch):
+    config.update(builder="few_words", path="", source="up", target="down", vocab_size=307)
+    config.splits = dict(train="big", validation="big[:10%]")
+    options = dict(data_dir=str(Path(config.dir) / "tfds"), file_format="array_record")
+    FewWords(**options).download_and_prepare()
+    return config
+
+
+def test_any_tfds_dataset(few_words, monkeypatch):
+    """One that is built needs no TensorFlow; slices of splits are splits."""
+    monkeypatch.setattr(raw_module, "READ_AT_ONCE", 7)
+    directory = prepare(few_words)
+    assert len(texts(directory, "train")) == 200
+    assert len(texts(directory, "validation")) == 20
+    assert all(up.lower() == down for up, down in texts(directory, "train"))
+
+
+def test_tfds_features_and_splits_are_checked(few_words):
+    few_words.target = "sideways"
+    with pytest.raises(ValueError, match=r"few_words has no \['sideways'\], only \['down', 'up'\]"):
+        prepare(few_words)
+    few_words.target = "down"
+    few_words.splits.validation = "huge"
+    with pytest.raises(ValueError, match="huge"):
+        prepare(few_words)
+
+
+def test_line_breaks_would_shift_the_text_files(few_words):
+    few_words.splits.validation = "small"
+    with pytest.raises(ValueError, match=r"few_words/1.0.0, small\[\d+\], 'down': .* line break"):
+        prepare(few_words)
+
+
+def test_invalid_examples_of_tfds_are_named(few_words):
+    few_words.source_length = 5
+    with pytest.raises(ValueError, match=r"few_words/1.0.0, big\[\d+\], 'up': \d+ tokens, 5 fit"):
+        prepare(few_words)
+
+
+def test_command_line(config, tmp_path):
+    """Nothing on the way imports TensorFlow."""
+    fields = config.to_dict() | {"vocab_size": 0}
+    (tmp_path / "asked.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(variant): return ConfigDict(dict(data={fields!r}, variant=variant))\n"
+    )
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv[1:] = ['--config={tmp_path}/asked.py:any', '--config.data.vocab_size=293']\n"
+        "try:\n"
+        "    runpy.run_module('mqa_jax.data.prepare', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as exit:\n"
+        "    print(exit.code, 'tensorflow' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.endswith("None False\n"), done
+    assert "211 examples" in done.stdout
+    assert Manifest.read(config.dir).request["vocab_size"] == 293
+
+
+def test_no_module_imports_jax_or_tensorflow():
+    for file in Path(mqa_jax.data.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            names.append(getattr(node, "module", None) or "")
+            roots = {name.split(".")[0] for name in names}
+            assert not roots & {"jax", "flax", "tensorflow"}, file
+
+
+def test_importing_the_package_is_cheap():
+    assert ast.parse(Path(mqa_jax.data.__file__).read_text()).body[1:] == []
+
+
+def test_manifest_is_json_of_the_request(config):
+    directory = prepare(config)
+    request = json.loads((directory / "manifest.json").read_text())["request"]
+    assert request["format"] == prepare_module.FORMAT
+    assert request["splits"] == {"train": "train", "validation": "val", "test": "test"}
+    assert request["files"].keys() == {
+        f"{stem}.{side}" for stem in ("train", "val", "test") for side in ("en", "de")
+    }
+    assert "path" not in request and "dir" not in request
