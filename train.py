@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     train_step = make_train_step(
         model,
         optimizer,
+        state,
         seed=settings.seed,
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,

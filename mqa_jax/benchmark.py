@@ -101,10 +101,8 @@ def measure(
     config = dataclasses.replace(
         config, max_length=max(config.max_length, context_length), param_dtype=config.dtype
     )
-    make_model = functools.partial(model_type, config)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
-    params = jax.jit(lambda: nnx.state(make_model(rngs=nnx.Rngs(0))))()
-    model = nnx.merge(graphdef, params)
+    model = model_type(config, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
     is_translation = isinstance(model, EncoderDecoder)
     compile_seconds = 0.0
 
@@ -224,9 +222,9 @@ def print_table(costs: Sequence[Cost]) -> None:
     """Prints a row for each figure."""
     table = Table(title="The cost of decoding, greedy, random weights")
     columns = ("variant", "dtype", "batch", "context", "encode ms", "step ms", "(min - max)")
-    columns += ("encode us/token", "step us/token", "weights MB", "KV MB")
+    columns += ("encode us/tok", "step us/tok", "weights MB", "KV MB")
     for column in columns:
-        table.add_column(column, justify="left" if column == "variant" else "right")
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for cost in costs:
         table.add_row(
             cost.variant,
@@ -241,7 +239,7 @@ def print_table(costs: Sequence[Cost]) -> None:
             f"{cost.weight_bytes / 1e6:.1f}",
             f"{cost.kv_bytes / 1e6:.1f}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def plot(costs: Sequence[Cost], path: str | Path) -> None:

@@ -62,7 +62,7 @@ class Checkpoints:
             ),
         )
         return TrainState(
-            jax.numpy.int32(step),
+            jax.device_put(jax.numpy.int32(step), state.step.sharding),
             _like(state.params, restored.params),
             _like(state.opt_state, restored.optimizer),
         )

@@ -9,6 +9,7 @@ Array letters:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,8 +26,13 @@ def param(
     axes: str, shape: Sequence[int], *, fan_in: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:
     """A weight, a letter for each axis, from a normal of standard deviation `fan_in ** -0.5`."""
-    value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
-    return nnx.Param(value, axes=axes)
+    return nnx.Param(_normal(rngs.params(), tuple(shape), dtype, fan_in**-0.5), axes=axes)
+
+
+# Compiled once a shape, of which a model has few, however many its layers.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, stddev: float) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(stddev, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +75,11 @@ class ShardingRules:
     def params(self, mesh: Mesh, state: nnx.State):
         """The sharding of every weight of a model's (abstract) state, in the same tree."""
 
-        def of(variable: nnx.Variable) -> NamedSharding:
-            axes = variable.get_metadata().get("axes")
-            if axes is None:
-                return NamedSharding(mesh, PartitionSpec())
-            return self.sharding(mesh, axes, variable.shape)
+        def of(variable: nnx.Variable) -> nnx.Variable:
+            axes = variable.get_metadata().get("axes", "")
+            # A weight that names no axes is replicated.
+            shape = variable.shape if axes else ()
+            return variable.replace(self.sharding(mesh, axes, shape))
 
         return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mqa_jax.sharding import ShardingRules
 from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
@@ -125,7 +125,7 @@ def init_state(
     seed: int,
     rules: ShardingRules | None = None,
 ) -> tuple[nnx.Module, TrainState]:
-    """The state before the first step, each weight made where the rules put it.
+    """The state before the first step, each array where the rules put it.
 
     Args:
       build: makes the model from `rngs=`.
@@ -143,8 +143,24 @@ def init_state(
 
     model = nnx.eval_shape(make_model)
     shardings = rules.params(mesh, nnx.state(model))
-    params = jax.jit(lambda: nnx.state(make_model()), out_shardings=shardings)()
-    return model, TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    # Not one jitted function of the whole model: that takes XLA a second a weight to compile.
+    params = jax.device_put(nnx.state(make_model()), shardings)
+
+    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's factored moments have other shapes than their weights, and are small.
+        return sharding if moment.shape == param.shape else replicated
+
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        like_its_param,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
+    return model, TrainState(jax.device_put(jnp.int32(0), replicated), params, opt_state)
 
 
 def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
@@ -169,6 +185,7 @@ def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | No
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
+    state: TrainState,
     *,
     seed: int,
     label_smoothing: float = 0.0,
@@ -177,6 +194,14 @@ def make_train_step(
     """The jitted update; the state handed in is donated.
 
     Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
+
+    Args:
+      model: its structure, from `init_state`.
+      optimizer: what turns gradients into updates.
+      state: whose shardings the new states keep; its values are not used.
+      seed: of dropout.
+      label_smoothing: see `cross_entropy`.
+      z_loss: see `cross_entropy`.
 
     Returns:
       a function of state and batch to the new state and the metrics `loss`, `ln_perplexity` (both
@@ -201,7 +226,8 @@ def make_train_step(
         metrics = mean_metrics(sums) | {"gradient_norm": optax.global_norm(gradients)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(model: nnx.Module) -> Callable[[nnx.State, Batch], Metrics]:

@@ -14,17 +14,17 @@ import mqa_jax
 
 B, T, S, N, H, D = 2, 7, 11, 6, 5, 13
 KV_HEADS = (6, 3, 1)
-CASES = {  # name: (as many queries as keys, arguments)
-    "plain": (False, {}),
-    "scale": (False, dict(scale=0.3)),
-    "mask": (False, dict(mask=(B, 1, T, S))),
-    "mask_per_head": (False, dict(mask=(B, N, T, S))),
-    "mask_of_keys": (False, dict(mask=(1, 1, 1, S))),
-    "causal": (True, dict(is_causal=True)),
-    "window": (True, dict(window=3)),
-    "window_of_one": (True, dict(window=1)),
-    "window_longer_than_all": (True, dict(window=S + 2)),
-    "everything": (True, dict(mask=(B, N, S, S), is_causal=True, window=4, scale=0.7)),
+CASES = {  # keyword arguments, a mask by its shape; as many queries as keys, T of both
+    "plain": {},
+    "scale": dict(scale=0.3),
+    "mask": dict(mask=(B, 1, T, T)),
+    "mask_per_head": dict(mask=(B, N, T, T)),
+    "mask_of_keys": dict(mask=(1, 1, 1, T)),
+    "causal": dict(is_causal=True),
+    "window": dict(window=3),
+    "window_of_one": dict(window=1),
+    "window_longer_than_all": dict(window=T + 2),
+    "everything": dict(mask=(B, N, T, T), is_causal=True, window=4, scale=0.7),
 }
 # float32: a few roundings of sums of at most 11 terms. bfloat16 keeps 8 bits: weights and output
 # are each rounded once (2 ** -8 relative to values of about 1), the gradients some times more.
@@ -82,10 +82,9 @@ def with_gradients(attention, query, key, value, cotangent, **kwargs):
     return output, *backward(cotangent)
 
 
-def inputs(kv_heads, keys_only, dtype="float32"):
-    length = S if keys_only else T
-    query, cotangent = (normal(i, B, length, N, H, dtype=dtype) for i in (0, 1))
-    return query, *(normal(i, B, S, kv_heads, H, dtype=dtype) for i in (2, 3)), cotangent
+def inputs(kv_heads, keys, dtype="float32"):
+    query, cotangent = (normal(i, B, T, N, H, dtype=dtype) for i in (0, 1))
+    return query, *(normal(i, B, keys, kv_heads, H, dtype=dtype) for i in (2, 3)), cotangent
 
 
 @pytest.mark.parametrize(
@@ -93,10 +92,10 @@ def inputs(kv_heads, keys_only, dtype="float32"):
 )
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_equal_loops_and_jax_nn(case, kv_heads, dtype):
-    keys_only, kwargs = CASES[case]
+    kwargs = dict(CASES[case])
     if "mask" in kwargs:
-        kwargs = kwargs | dict(mask=random_mask(4, kwargs["mask"]))
-    arrays = inputs(kv_heads, keys_only, dtype)
+        kwargs["mask"] = random_mask(4, kwargs["mask"])
+    arrays = inputs(kv_heads, T, dtype)
     actual = with_gradients(mqa_jax.dot_product_attention, *arrays, **kwargs)
     assert [x.dtype for x in actual] == [dtype] * 4
     for result, expected in zip(actual, loops(*arrays, **kwargs), strict=True):
@@ -113,7 +112,7 @@ def test_outputs_and_gradients_equal_loops_and_jax_nn(case, kv_heads, dtype):
 @given(
     sizes=st.tuples(*[st.integers(1, 5)] * 6), seed=st.integers(0, 2**20), density=st.floats(0, 1)
 )
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_any_shape_and_mask_equals_loops(sizes, seed, density):
     batch, length, keys, kv_heads, group, head_dim = sizes
     query, cotangent = (normal(seed + i, batch, length, kv_heads * group, head_dim) for i in (0, 1))
@@ -128,9 +127,9 @@ def test_any_shape_and_mask_equals_loops(sizes, seed, density):
 
 @pytest.mark.parametrize("kv_heads", KV_HEADS)
 def test_a_row_that_sees_nothing_is_zero_with_zero_gradient(kv_heads):
-    mask = np.array(random_mask(5, (B, N, T, S)))
+    mask = random_mask(5, (B, N, T, T))
     mask[1, 2, 3] = mask[0, :, 4] = False
-    arrays = inputs(kv_heads, False)
+    arrays = inputs(kv_heads, T)
     output, d_query, d_key, d_value = with_gradients(
         mqa_jax.dot_product_attention, *arrays, mask=mask
     )
@@ -203,8 +202,7 @@ def module(kv_heads=3, **kwargs):
     return mqa_jax.Attention(D, N, kv_heads, H, **dict(rngs=nnx.Rngs(0)) | kwargs)
 
 
-@pytest.mark.parametrize("is_cross", [False, True])
-@pytest.mark.parametrize("kv_heads", KV_HEADS)
+@pytest.mark.parametrize(("kv_heads", "is_cross"), [(6, 0), (3, 0), (1, 0), (3, 1), (1, 1)])
 def test_module_equals_flax_with_the_same_weights(kv_heads, is_cross):
     ours = module(kv_heads)
     theirs = nnx.MultiHeadAttention(

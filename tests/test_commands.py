@@ -35,10 +35,12 @@ TINY = [
 ]
 
 
-def command(*args, cwd: Path) -> list[str] | dict:
+def command(*args, cwd: Path) -> dict:
     # One device, as a user has it; the tests' eight are for the tests of shardings.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # Programs that an earlier command has compiled need not be compiled again.
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")}
     return dict(args=[sys.executable, *map(str, args)], cwd=cwd, env=environment, text=True)
 
 

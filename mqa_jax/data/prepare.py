@@ -41,8 +41,7 @@ from mqa_jax.data.manifest import (
     text_path,
 )
 from mqa_jax.data.packing import Pair, pack
-from mqa_jax.data.parallel_text import parallel_text_config
-from mqa_jax.data.raw import Example, RawText, wanted_splits
+from mqa_jax.data.raw import Example, RawText, own_files, wanted_splits
 from mqa_jax.data.tokenizer import Tokenizer
 
 # Raised when the same fields come to give other files.
@@ -66,9 +65,9 @@ def prepare(data: ConfigDict) -> Path:
     if (directory / MANIFEST).exists():
         _check_same(directory, data)
         return directory
-    request = _request(data) | {"files": _files(data)}
-    directory.mkdir(parents=True, exist_ok=True)
+    request = _request(data)
     raw = RawText(data)
+    directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=directory) as name:
         incomplete = Path(name)
         train = (
@@ -78,7 +77,7 @@ def prepare(data: ConfigDict) -> Path:
         )
         tokenizer = Tokenizer.train(train, incomplete / TOKENIZER, data.vocab_size)
         manifest = Manifest(
-            request=request,
+            request=request | {"files": raw.hashes},
             tokenizer_sha256=tokenizer.sha256,
             splits={
                 split: _write_split(raw, tokenizer, data, split, incomplete)
@@ -118,14 +117,6 @@ def _request(data: ConfigDict) -> dict[str, Any]:
     return {"format": FORMAT} | request | {"splits": wanted_splits(data)}
 
 
-def _files(data: ConfigDict) -> dict[str, str]:
-    """Name -> hash of the user's own files."""
-    if not data.path:
-        return {}
-    splits = wanted_splits(data)
-    return parallel_text_config(data.path, data.source, data.target, splits).hashes
-
-
 def _check_same(directory: Path, data: ConfigDict) -> None:
     was, asked = Manifest.read(directory).request, _request(data)
     if data.path and not Path(data.path).exists():
@@ -133,7 +124,8 @@ def _check_same(directory: Path, data: ConfigDict) -> None:
         print(f"{data.path} is not here: {directory} is taken to be made of it")
         asked["files"] = was["files"]
     else:
-        asked["files"] = _files(data)
+        asked["files"] = own_files(data).hashes if data.path else {}
+    was, asked = _flat(was), _flat(asked)
     differences = [
         f"  {field}: was {was.get(field)!r}, asked {asked.get(field)!r}"
         for field in sorted(was.keys() | asked.keys())
@@ -142,8 +134,17 @@ def _check_same(directory: Path, data: ConfigDict) -> None:
     if differences:
         raise ValueError(
             "\n".join([f"{directory} holds data made otherwise:", *differences])
-            + f"\nname another --config.data.dir, or delete {directory}"
+            + f"\nname another --config.data.dir, or delete {directory / MANIFEST} to make it anew"
         )
+
+
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    """Its dicts' entries as fields of their own, such as `splits.train`."""
+    flat = {}
+    for field, value in request.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{field}.{name}".rstrip("."): entry for name, entry in entries}
+    return flat
 
 
 def _drop(

@@ -10,7 +10,12 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from mqa_jax.data.number_phrases import NumberPhrases
-from mqa_jax.data.parallel_text import LINE, ParallelText, parallel_text_config
+from mqa_jax.data.parallel_text import (
+    LINE,
+    ParallelText,
+    ParallelTextConfig,
+    parallel_text_config,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,19 +38,24 @@ class Example(NamedTuple):
 class RawText:
     """The text that a config asks for, built by TFDS first if it is not there yet.
 
-    Args:
-      data: `config.data`; see `mqa_jax.data.prepare`.
-
-    Raises:
-      ValueError: there is no such dataset, split or side, or it cannot be built.
+    Attributes:
+      hashes: name -> sha256 of the user's own files; empty for any other dataset.
     """
 
     def __init__(self, data: ConfigDict):
+        """Args:
+          data: `config.data`; see `mqa_jax.data.prepare`.
+
+        Raises:
+          ValueError: there is no such dataset or side, or it cannot be built.
+        """
         self._sides = [side for side in (data.source, data.target) if side]
         self._builder = _builder(data)
         self._names = wanted_splits(data)
+        self.hashes: dict[str, str] = {}
         if isinstance(self._builder, ParallelText):
             self._names = {split: split for split in self._names}
+            self.hashes = self._builder.builder_config.hashes
         if not self._builder.is_prepared():
             _build(self._builder)
         if missing := set(self._sides) - set(self._builder.info.features):
@@ -79,8 +89,7 @@ def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
     options = {"data_dir": data.tfds_dir or str(Path(data.dir) / "tfds")}
     options["file_format"] = "array_record"
     if data.builder == ParallelText.name:
-        config = parallel_text_config(data.path, data.source, data.target, wanted_splits(data))
-        return ParallelText(config=config, **options)
+        return ParallelText(config=own_files(data), **options)
     if data.builder == NumberPhrases.name:
         return NumberPhrases(**options)
     # TFDS looks for its datasets by importing them all, and quietly ends at the first of them that
@@ -101,6 +110,11 @@ def _build(builder: tfds.core.DatasetBuilder) -> None:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builder.download_and_prepare()
+
+
+def own_files(data: ConfigDict) -> ParallelTextConfig:
+    """The user's own files that a config asks for; raises as `parallel_text_config` does."""
+    return parallel_text_config(data.path, data.source, data.target, wanted_splits(data))
 
 
 def wanted_splits(data: ConfigDict) -> dict[str, str]:

@@ -115,16 +115,20 @@ def test_other_data_is_refused_field_by_field(config, text_dir):
     prepare(config)
     config.update(vocab_size=292, pack=False)
     config.splits.test = ""
-    (text_dir / "train.en").write_text("changed\n" * 211)
+    spoil(text_dir, "train", 3, "en", "one two")
     with pytest.raises(ValueError) as error:
         prepare(config)
     message = str(error.value)
     assert "  vocab_size: was 293, asked 292\n" in message
     assert "  pack: was True, asked False\n" in message
-    assert "  splits: was {'train': 'train', 'validation': 'val', 'test'" in message
-    assert "  files: was {" in message
-    assert message.count("was") == 4
+    assert "  splits.test: was 'test', asked None\n" in message
+    assert "  files.test.en: was " in message and "  files.test.de: was " in message
+    assert "  files.train.en: was " in message
+    assert message.count("was") == 6
     assert "another --config.data.dir, or delete" in message
+    assert "manifest.json to make it anew" in message
+    (Path(config.dir) / "manifest.json").unlink()
+    assert Manifest.read(prepare(config)).request["vocab_size"] == 292
 
 
 def test_prepared_data_needs_no_raw_text(config, text_dir, tmp_path, capsys):

@@ -1,0 +1,88 @@
+"""The configs say what the paper says, and each variant changes what its name says."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import pytest
+from flax import nnx
+
+from configs import lm1b, multi30k, quickstart, wmt14
+from mqa_jax import TransformerConfig
+from mqa_jax.training import build_model
+
+# heads, key/value heads, head dim, window; and d_ff for translation, for the language model
+PAPER = {
+    "multi_head": (8, 8, 128, None, 4096, 8192),
+    "multi_query": (8, 1, 128, None, 5440, 9088),
+    "multi_head_local": (8, 8, 128, 32, 4096, 8192),
+    "multi_query_local": (8, 1, 128, 32, 5440, 9088),
+    "multi_head_h1": (1, 1, 128, None, 6784, 9984),
+    "multi_head_h2": (2, 2, 64, None, 6784, 9984),
+    "multi_head_h4": (4, 4, 32, None, 6784, 9984),
+    "multi_head_h8_k16": (8, 8, 16, None, 6784, 9984),
+}
+GROUPED = {"grouped_query_2": 2, "grouped_query_4": 4}
+CONFIGS = [wmt14, lm1b, multi30k, quickstart]
+EVERY = [(config, variant) for config in CONFIGS for variant in config.VARIANTS]
+
+
+def parameters(config) -> int:
+    model = nnx.eval_shape(
+        lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+    )
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize(("module", "millions"), [(wmt14, 211), (lm1b, 192)])
+def test_the_baseline_has_the_papers_parameters(module, millions):
+    assert round(parameters(module.get_config("multi_head")) / 1e6) == millions
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_variants_have_the_parameters_of_the_baseline(module):
+    baseline = parameters(module.get_config("multi_head"))
+    for variant in module.VARIANTS:
+        assert abs(parameters(module.get_config(variant)) / baseline - 1) <= 0.002, variant
+
+
+@pytest.mark.parametrize(("module", "d_ff_index"), [(wmt14, 4), (lm1b, 5)])
+def test_variants_are_the_papers_and_two_grouped_ones(module, d_ff_index):
+    assert module.VARIANTS.keys() == PAPER.keys() | GROUPED.keys()
+    for variant, row in PAPER.items():
+        model = module.get_config(variant).model
+        assert (model.num_heads, model.num_kv_heads, model.head_dim, model.window) == row[:4]
+        assert model.d_ff == row[d_ff_index]
+    for variant, num_kv_heads in GROUPED.items():
+        model = module.get_config(variant).model
+        assert (model.num_heads, model.num_kv_heads, model.window) == (8, num_kv_heads, None)
+
+
+@pytest.mark.parametrize("module", [wmt14, lm1b])
+def test_the_head_of_the_file_shows_the_figures_of_each_variant(module):
+    rows = re.findall(r"^    (\w+) +(\d+) +(\d+) +(\d+) +(\d+|-) +(\d+) ", module.__doc__, re.M)
+    assert {row[0] for row in rows} == module.VARIANTS.keys()
+    for variant, heads, kv_heads, head_dim, window, d_ff in rows:
+        model = module.get_config(variant).model
+        shown = [model.num_heads, model.num_kv_heads, model.head_dim, model.window or "-"]
+        assert [heads, kv_heads, head_dim, window, d_ff] == [str(x) for x in (*shown, model.d_ff)]
+
+
+@pytest.mark.parametrize(("module", "variant"), EVERY)
+def test_model_holds_the_fields_of_the_dataclass_and_no_others(module, variant):
+    model = module.get_config(variant).model
+    assert set(model) == {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_vocabulary_of_model_and_data_are_one_number(module):
+    config = module.get_config()
+    config.data.vocab_size = 640
+    assert config.model.vocab_size == 640
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_an_unknown_variant_is_refused_with_those_there_are(module):
+    with pytest.raises(ValueError, match="'multi_qery' is not one of .*multi_query"):
+        module.get_config("multi_qery")

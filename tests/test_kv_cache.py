@@ -1,0 +1,247 @@
+"""Caches: whatever way tokens reach a cache, outputs equal the full forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mqa_jax
+
+T, S, N, H, D = 7, 11, 6, 5, 13
+# The same products in another order: a few roundings, of values of about 1, in float32 and in
+# bfloat16 (8 bits), where attention weights and outputs are rounded too.
+TOLERANCE = {"float32": dict(rtol=1e-5, atol=1e-5), "bfloat16": dict(rtol=2e-2, atol=2e-2)}
+
+
+def close(actual, expected, dtype="float32"):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, equal_nan=False, **TOLERANCE[dtype])
+
+
+def module(kv_heads=1, window=None, dtype="float32"):
+    return mqa_jax.Attention(D, N, kv_heads, H, window=window, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def normal(seed, *shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _call(graphdef, method, state, x, cache, *args):
+    return getattr(nnx.merge(graphdef, state), method)(x, cache, *args)
+
+
+def jitted(attention, method):
+    """`prefill` or `decode` under `jax.jit`, the cache donated; compiled once per shape."""
+    graphdef, state = nnx.split(attention)
+    return functools.partial(_call, graphdef, method, state)
+
+
+@jax.jit
+def full_pass(attention, x):
+    return attention(x, is_causal=True)
+
+
+def bytes_of(cache):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "dtype"),
+    [(k, w, "float32") for k in (6, 3, 1) for w in (None, 3)]
+    + [(1, w, "float32") for w in (1, 2, T, T + 2)]
+    + [(6, None, "bfloat16"), (1, None, "bfloat16"), (1, 3, "bfloat16")],
+)
+def test_decode_equals_the_full_pass_from_every_prefix_length(kv_heads, window, dtype):
+    attention = module(kv_heads, window, dtype)
+    rows = prefix = np.arange(T + 1)  # row `b` has a prompt of `b` tokens, none and all included
+    x = normal(0, T + 1, T, D, dtype=dtype)
+    full = full_pass(attention, x)
+    empty = attention.init_cache(T + 1, 2 * T)
+    output, cache = jitted(attention, "prefill")(x, empty, prefix)
+    assert empty.key.is_deleted() and empty.value.is_deleted()
+    is_prompt = np.arange(T) < prefix[:, None]
+    close(output[is_prompt], full[is_prompt], dtype)
+    decode = jitted(attention, "decode")
+    for step in range(T):
+        position = np.minimum(prefix + step, T - 1)
+        output, cache = decode(x[rows, position][:, None], cache)
+        is_left = prefix + step < T
+        close(output[is_left, 0], full[rows, position][is_left], dtype)
+    np.testing.assert_array_equal(cache.length, prefix + T)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("prompt", [1, 3, 6])
+def test_unpadded_prompt_without_jit(prompt, window):
+    attention = module(3, window)
+    x = normal(0, 2, T, D)
+    full = full_pass(attention, x)
+    output, cache = attention.prefill(x[:, :prompt], attention.init_cache(2, T))
+    close(output, full[:, :prompt])
+    for t in range(prompt, T):
+        output, cache = attention.decode(x[:, t : t + 1], cache)
+        close(output[:, 0], full[:, t])
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (1, 3), (3, 5)])
+@given(lengths=st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=5, max_size=5))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_chunks_give_the_full_pass_and_padding_leaves_no_trace(kv_heads, window, lengths):
+    chunk, total = 4, 20
+    attention = module(kv_heads, window)
+    x = normal(1, 3, total, D)
+    full = np.asarray(full_pass(attention, x))
+    prefill = jitted(attention, "prefill")
+    cache = attention.init_cache(3, total)
+    start = np.zeros(3, int)
+    for chunk_lengths in np.array(lengths):
+        tokens = np.full((3, chunk, D), 1e30, np.float32)
+        for row, length in enumerate(chunk_lengths):
+            tokens[row, :length] = x[row, start[row] : start[row] + length]
+        output, cache = prefill(tokens, cache, chunk_lengths)
+        for row, length in enumerate(chunk_lengths):
+            close(output[row, :length], full[row, start[row] : start[row] + length])
+        start += chunk_lengths
+    np.testing.assert_array_equal(cache.length, start)
+    assert max(np.abs(cache.key).max(), np.abs(cache.value).max()) < 1e3
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_padding_changes_no_bit(window):
+    attention = module(1, window)
+    x, lengths = np.array(normal(2, 3, T, D)), np.array([4, 0, 6])
+    is_token = np.arange(T) < lengths[:, None]
+    poisoned = np.where(is_token[..., None], x, 1e30).astype(np.float32)
+    prefill = jitted(attention, "prefill")
+    clean, clean_cache = prefill(x, attention.init_cache(3, T), lengths)
+    dirty, dirty_cache = prefill(poisoned, attention.init_cache(3, T), lengths)
+    np.testing.assert_array_equal(clean[is_token], dirty[is_token])
+    jax.tree.map(np.testing.assert_array_equal, clean_cache, dirty_cache)
+    assert np.abs(clean_cache.key[1]).max() == 0 < np.abs(clean_cache.key[0]).min(axis=2).max()
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3, 1])
+def test_caches_hold_key_value_heads_only(kv_heads):
+    cache = module(kv_heads).init_cache(2, S)
+    assert cache.key.shape == cache.value.shape == (2, kv_heads, S, H)
+    assert bytes_of(cache) == 2 * (2 * kv_heads * S * H * 4) + 2 * 4
+    cross = module(kv_heads).init_cross_cache(normal(0, 2, S, D))
+    assert cross.key.shape == cross.value.shape == (2, kv_heads, S, H)
+
+
+def test_ring_cache_does_not_grow_with_the_length():
+    short, long = (module(3, window=4).init_cache(2, length) for length in (3, 300_000))
+    assert isinstance(short, mqa_jax.RingCache)
+    assert bytes_of(short) == bytes_of(long) == 2 * (2 * 3 * 4 * H * 4) + 2 * 4
+    bfloat16 = module(3, window=4, dtype="bfloat16").init_cache(2, 3)
+    assert bytes_of(bfloat16) == 2 * (2 * 3 * 4 * H * 2) + 2 * 4
+
+
+def test_ring_cache_puts_position_p_into_slot_p_mod_window():
+    attention = module(1, window=3)
+    x = normal(0, 1, 5, D)
+    key = np.einsum("TD,DH->TH", x[0], attention.key[...][:, 0])
+    _, cache = attention.prefill(x, attention.init_cache(1, 5))
+    close(cache.key[0, 0], key[[3, 4, 2]])
+
+
+def overflowing():
+    """Rows of 3, 2, 3 tokens in caches of 5, and 2, 3, 3 more: row 2 has no room for its sixth."""
+    attention = module(3)
+    x = normal(0, 3, 6, D)
+    _, cache = attention.prefill(x[:, :3], attention.init_cache(3, 5), np.array([3, 2, 3]))
+    return attention, x, cache, np.array([2, 3, 3])
+
+
+def test_overflow_raises():
+    attention, x, cache, lengths = overflowing()
+    with pytest.raises(ValueError, match="row 2 of the cache would hold 6 tokens.*room for 5"):
+        attention.prefill(x[:, 3:], cache, lengths)
+    _, cache = attention.prefill(x[:, 3:], cache, np.array([2, 1, 0]))
+    with pytest.raises(ValueError, match="row 0 of the cache would hold 6 tokens.*room for 5"):
+        attention.decode(x[:, :1], cache)
+
+
+def test_overflow_under_jit_is_nan_in_exactly_that_row():
+    attention, x, cache, lengths = overflowing()
+    new = jnp.stack([x[0, 3:], x[1, 2:5], x[2, 3:]])
+    output, cache = jitted(attention, "prefill")(new, cache, lengths)
+    full = full_pass(attention, x)
+    close(output[0, :2], full[0, 3:5])
+    close(output[1], full[1, 2:5])
+    assert np.isnan(output[2]).all()
+    # Rows 0 and 1 are full now, and row 2 stays lost.
+    output, _ = jitted(attention, "decode")(x[:, 5:], cache)
+    assert np.isnan(output).all()
+
+
+@pytest.mark.parametrize("lengths", [[2, 4, 1], [2, -1, 1]])
+def test_lengths_that_the_chunk_does_not_have_raise(lengths):
+    attention = module()
+    with pytest.raises(ValueError, match=str(lengths[1])):
+        attention.prefill(jnp.zeros((3, 3, D)), attention.init_cache(3, T), np.array(lengths))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("kv_heads", [6, 3, 1])
+def test_beams_over_a_cross_cache_equal_a_tiled_memory(kv_heads, length):
+    batch, beams = 2, 3
+    attention = module(kv_heads)
+    x, memory = normal(0, batch * beams, length, D), normal(1, batch, S, D)
+    mask = np.random.default_rng(2).random((batch, S)) < 0.6
+    tiled = np.repeat(memory, beams, axis=0)
+    for mask_BS, tiled_mask in (
+        (mask, np.repeat(mask, beams, axis=0)[:, None, None]),
+        (None, None),
+    ):
+        cross = attention.init_cross_cache(memory, mask_BS)
+        output, same = attention.decode(x, cross)
+        close(output, attention(x, tiled, mask=tiled_mask))
+        assert same is cross
+    poisoned = np.where(mask[..., None], memory, 1e30).astype(np.float32)
+    close(
+        attention.decode(x, attention.init_cross_cache(poisoned, mask))[0],
+        attention(x, tiled, mask=np.repeat(mask, beams, axis=0)[:, None, None]),
+    )
+
+
+def test_a_source_of_padding_alone_gives_zeros():
+    attention = module()
+    mask = np.arange(2)[:, None] == np.ones((1, S))
+    output, _ = attention.decode(
+        normal(0, 4, 1, D), attention.init_cross_cache(normal(1, 2, S, D), mask)
+    )
+    np.testing.assert_array_equal(output[:2], np.zeros((2, 1, D)))
+    assert np.abs(output[2:]).min() > 0
+
+
+CROSS = functools.partial(mqa_jax.Attention.init_cross_cache, memory_BSD=np.zeros((2, S, D)))
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda a: a.decode(jnp.zeros((3, 2, D)), a.init_cache(3, T)), "one token a row, not T=2"),
+        (lambda a: a.decode(jnp.zeros((5, 1, D)), CROSS(a)), "5 rows over .* cache of 2"),
+        (lambda a: a.decode(jnp.zeros((4, D)), CROSS(a)), r"not \[4, 13\]"),
+        (lambda a: a.prefill(jnp.zeros((2, 3, D)), a.init_cache(3, T)), r"\[3, T, 13\], not \[2"),
+        (
+            lambda a: a.prefill(jnp.zeros((3, 2, D)), a.init_cache(3, T), np.array([1, 2])),
+            r"shape \(3,\), not \(2,\)",
+        ),
+        (lambda a: a.init_cache(0, T), "not 0, 7"),
+        (lambda a: a.init_cache(3, 0), "not 3, 0"),
+        (lambda a: CROSS(a, mask_BS=np.ones((2, 5), bool)), r"\(2, 11\).* not bool .*\(2, 5\)"),
+        (lambda a: CROSS(a, mask_BS=np.ones((2, S), np.int8)), "not int8"),
+        (lambda a: a.init_cross_cache(jnp.zeros((2, S, 12))), r"memory_BSD.*\[2, 11, 12\]"),
+    ],
+)
+def test_misuse_raises(misuse, message):
+    with pytest.raises(ValueError, match=message):
+        misuse(module())

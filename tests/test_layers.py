@@ -1,0 +1,79 @@
+"""The layers against their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mqa_jax.layers import Embedding, FeedForward, RMSNorm, Softmax
+
+B, T, D, F, V = 2, 3, 5, 7, 11
+
+
+def x_BTD(dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(1), (B, T, D), dtype)
+
+
+def test_feed_forward_is_two_products_with_a_relu_between():
+    layer = FeedForward(D, F, rngs=nnx.Rngs(0))
+    wi, wo = np.asarray(layer.wi[...]), np.asarray(layer.wo[...])
+    expected = np.maximum(np.asarray(x_BTD()) @ wi, 0) @ wo
+    np.testing.assert_allclose(layer(x_BTD()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_feed_forward_drops_behind_the_relu_where_rngs_are_given():
+    layer = FeedForward(D, F, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    layer.wi[...] = jnp.ones((D, F))
+    layer.wo[...] = jnp.zeros((F, D)).at[0, 0].set(1.0)
+    x = jnp.ones((B, 50, D))
+    np.testing.assert_allclose(layer(x)[..., 0], D)
+    # A unit is left out, or counts twice.
+    dropped = layer(x, rngs=nnx.Rngs(dropout=1))[..., 0]
+    assert np.unique(dropped).tolist() == [0.0, 2.0 * D]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norm_scales_to_a_mean_square_of_one_in_float32(dtype):
+    norm = RMSNorm(D, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm.scale[...] = jnp.arange(1.0, D + 1)
+    x = x_BTD(dtype) * jnp.asarray(300, dtype)  # squares of this do not add up well in bfloat16
+    wide = np.asarray(x, np.float32)
+    expected = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True)) * np.arange(1.0, D + 1)
+    assert norm(x).dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-8  # one rounding to bfloat16
+    np.testing.assert_allclose(np.asarray(norm(x), np.float32), expected, rtol=tolerance)
+
+
+def test_embedding_looks_up_rows():
+    table = Embedding(V, D, rngs=nnx.Rngs(0))
+    ids = jnp.array([[0, 10, 3], [4, 4, 1]])
+    np.testing.assert_array_equal(table(ids), np.asarray(table.table[...])[np.asarray(ids)])
+
+
+@pytest.mark.parametrize("bad", [-1, -11, 11, 2**30])
+def test_an_id_outside_the_table_is_nan_and_its_neighbours_are_not(bad):
+    table = Embedding(V, D, rngs=nnx.Rngs(0))
+    vectors = jax.jit(lambda ids: table(ids))(jnp.array([10, bad, 0]))
+    assert np.isnan(vectors[1]).all() and np.isfinite(vectors[::2]).all()
+
+
+def test_tied_logits_are_the_product_with_the_table_over_the_root_of_d():
+    table = Embedding(V, D, rngs=nnx.Rngs(0))
+    expected = np.asarray(x_BTD()) @ np.asarray(table.table[...]).T / np.sqrt(D)
+    np.testing.assert_allclose(table.logits(x_BTD()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_has_a_matrix_of_its_own():
+    softmax = Softmax(D, V, rngs=nnx.Rngs(0))
+    assert softmax.kernel.shape == (D, V)
+    expected = np.asarray(x_BTD()) @ np.asarray(softmax.kernel[...])
+    np.testing.assert_allclose(softmax.logits(x_BTD()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [Softmax, lambda d, v, **kw: Embedding(v, d, **kw)])
+def test_logits_are_float32_for_bfloat16_activations(layer):
+    logits = layer(D, V, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)).logits(x_BTD(jnp.bfloat16))
+    assert logits.dtype == jnp.float32
+    # Sums that were rounded to bfloat16 on the way would fit into 16 bits.
+    assert (np.asarray(logits.astype(jnp.bfloat16), np.float32) != np.asarray(logits)).any()

@@ -1,0 +1,89 @@
+"""The mesh, the rules, and that a sharded model computes what one on a single device does."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mqa_jax import DecoderOnly, TransformerConfig
+from mqa_jax.sharding import ShardingRules, make_mesh
+
+CONFIG = TransformerConfig(
+    vocab_size=40,
+    d_model=16,
+    d_ff=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=6,
+    max_length=11,
+)
+
+
+def test_mesh_takes_what_is_left_for_minus_one():
+    assert dict(make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(1, 1, 8).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 2, 1)])
+def test_mesh_that_does_not_use_all_devices_is_refused(sizes):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ValueError, match=f"data={data}, fsdp={fsdp}, tensor={tensor}.* 8 devices"):
+        make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        ("DNH", (16, 4, 6), PartitionSpec("fsdp", "tensor", None)),
+        ("DKH", (16, 2, 6), PartitionSpec("fsdp", "tensor", None)),
+        ("DKH", (16, 1, 6), PartitionSpec("fsdp", None, None)),
+        ("NHD", (4, 6, 16), PartitionSpec("tensor", None, "fsdp")),
+        ("DF", (16, 24), PartitionSpec("fsdp", "tensor")),
+        ("VD", (40, 16), PartitionSpec("tensor", "fsdp")),
+        ("PD", (11, 16), PartitionSpec(None, "fsdp")),
+        ("BT", (8, 5), PartitionSpec(("data", "fsdp"), None)),
+    ],
+)
+def test_rules_turn_letters_into_mesh_axes(axes, shape, spec):
+    mesh = make_mesh(2, 2, 2)
+    sharding = ShardingRules().sharding(mesh, axes, shape)
+    expected = jax.sharding.NamedSharding(mesh, spec)
+    assert sharding.is_equivalent_to(expected, len(shape))
+
+
+def test_an_axis_that_does_not_divide_is_refused_by_name_and_size():
+    with pytest.raises(ValueError, match=r"axis F of DF\(16, 25\) has size 25, which the 2 parts"):
+        ShardingRules().sharding(make_mesh(2, 2, 2), "DF", (16, 25))
+
+
+def test_every_large_weight_names_its_axes():
+    state = nnx.state(nnx.eval_shape(lambda: DecoderOnly(CONFIG, rngs=nnx.Rngs(0))))
+    variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert variables
+    for variable in variables:
+        assert len(variable.get_metadata()["axes"]) == len(variable.shape)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_a_sharded_model_computes_the_same(sizes, num_kv_heads):
+    config = dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads)
+    model = DecoderOnly(config, rngs=nnx.Rngs(3))
+    graphdef, params = nnx.split(model)
+    tokens = jax.random.randint(jax.random.key(1), (8, 11), 0, 40)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    expected = forward(params, tokens)
+
+    mesh = make_mesh(*sizes)
+    shardings = ShardingRules().params(mesh, params)
+    sharded = jax.device_put(params, shardings)
+    batch = jax.device_put(tokens, ShardingRules().sharding(mesh, "BT", tokens.shape))
+    # Sums over a sharded axis are added in another order.
+    np.testing.assert_allclose(forward(sharded, batch), expected, rtol=1e-5, atol=1e-5)
+
+    query = nnx.merge(graphdef, sharded).decoder.layers[0].attention.query[...]
+    assert query.addressable_shards[0].data.size == query.size // (sizes[1] * sizes[2])

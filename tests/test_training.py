@@ -1,0 +1,392 @@
+"""Loss, schedule, optimizers, and the train and eval steps, on one device and on eight.
+
+B batch   S source length   T target length   V vocabulary
+"""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from mqa_jax.sharding import MESH_AXES, make_mesh
+from mqa_jax.training import (
+    MODELS,
+    build_model,
+    build_optimizer,
+    cross_entropy,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    mean_metrics,
+    rsqrt_schedule,
+)
+
+BOS, MAX_LENGTH = 1, 16
+SIZES = dict(
+    vocab_size=22,
+    d_model=14,
+    d_ff=18,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=5,
+    max_length=MAX_LENGTH,
+)
+both_tasks = pytest.mark.parametrize("task", MODELS)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("label_smoothing, z_loss", [(0, 0), (0.1, 0), (0, 1e-2), (0.3, 1e-3)])
+def test_cross_entropy_is_that_of_one_hot_targets(label_smoothing, z_loss):
+    rng = np.random.default_rng(0)
+    logits_BTV = jnp.asarray(rng.normal(scale=3, size=(2, 5, 7)), jnp.float32)
+    targets_BT = jnp.asarray(rng.integers(0, 7, (2, 5)))
+    options = dict(label_smoothing=label_smoothing, z_loss=z_loss)
+    loss_BT, nll_BT = cross_entropy(logits_BTV, targets_BT, **options)
+    labels_BTV = optax.smooth_labels(jax.nn.one_hot(targets_BT, 7), label_smoothing)
+    expected_BT = optax.softmax_cross_entropy(logits_BTV, labels_BTV)
+    expected_BT += z_loss * jax.nn.logsumexp(logits_BTV, axis=-1) ** 2
+    np.testing.assert_allclose(loss_BT, expected_BT, rtol=1e-5)
+    expected_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    np.testing.assert_allclose(nll_BT, expected_BT, rtol=1e-5)
+
+    def total(logits_BTV):
+        return jnp.sum(cross_entropy(logits_BTV, targets_BT, **options)[0])
+
+    # Differences of float32 values of about 100, over steps of 0.01.
+    check_grads(total, (logits_BTV,), order=1, modes=["rev"], rtol=1e-2, atol=1e-2, eps=1e-2)
+
+
+def test_cross_entropy_by_hand():
+    logits_BTV, targets_BT = jnp.log(jnp.array([[[1.0, 3.0], [2.0, 2.0]]])), jnp.array([[1, 0]])
+    loss_BT, nll_BT = cross_entropy(logits_BTV, targets_BT, label_smoothing=0.2, z_loss=0.1)
+    np.testing.assert_allclose(nll_BT, [[np.log(4 / 3), np.log(2)]], rtol=1e-6)
+    first = 0.8 * np.log(4 / 3) + 0.2 * (np.log(4 / 3) + np.log(4)) / 2 + 0.1 * np.log(4) ** 2
+    second = np.log(2) + 0.1 * np.log(4) ** 2
+    np.testing.assert_allclose(loss_BT, [[first, second]], rtol=1e-6)
+
+
+# The schedule and the optimizers
+
+PAPER = (1.0, 100_000, 10_000, 0, 20_000)
+RAMPED = (2.0, 50, 16, 8, 10)
+
+
+@pytest.mark.parametrize(
+    "arguments, step, expected",
+    [
+        (PAPER, 0, 0.01),
+        (PAPER, 10_000, 0.01),
+        (PAPER, 40_000, 0.005),
+        (PAPER, 80_000, 80_000**-0.5),
+        (PAPER, 90_000, 1 / 600),
+        (PAPER, 99_999, 99_999**-0.5 / 20_000),
+        (PAPER, 100_000, 0),
+        (PAPER, 100_001, 0),
+        (RAMPED, 0, 0.0625),
+        (RAMPED, 6, 0.4375),
+        (RAMPED, 7, 0.5),
+        (RAMPED, 16, 0.5),
+        (RAMPED, 25, 0.4),
+        (RAMPED, 45, 45**-0.5),
+        ((3.0, 50, 0, 0, 0), 0, 3.0),
+        ((3.0, 50, 0, 0, 0), 100, 0.3),
+    ],
+)
+def test_rsqrt_schedule(arguments, step, expected):
+    learning_rate, total_steps, hold, warmup, decay = arguments
+    schedule = rsqrt_schedule(
+        learning_rate, total_steps, hold_steps=hold, warmup_steps=warmup, decay_steps=decay
+    )
+    # The last steps of the decay are differences of float32 values of 1e5.
+    for rate in (schedule(step), jax.jit(schedule)(jnp.int32(step))):
+        np.testing.assert_allclose(rate, expected, rtol=1e-6)
+
+
+def test_what_cannot_be_built():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match=r"task='poetry' .*language_model.*translation"):
+        build_model("poetry", SIZES, rngs=rngs)
+    with pytest.raises(ValueError, match=r"unknown fields \['a_b', 'z'\]; known .*vocab_size"):
+        build_model("translation", SIZES | dict(z=1, a_b=2), rngs=rngs)
+    with pytest.raises(ValueError, match=r"d_ff must be at least 1, not 0"):
+        build_model("language_model", SIZES | dict(d_ff=0), rngs=rngs)
+    with pytest.raises(ValueError, match=r"optimizer 'sgd' .*adafactor.*adamw"):
+        build_optimizer("sgd", 0.1)
+
+
+# Steps
+
+
+@jax.numpy_dtype_promotion("standard")
+def leniently(function, *args):
+    return function(*args)
+
+
+def lenient(optimizer):
+    """Optax promotes integer step counts to float, which the strictness of these tests forbids."""
+    return optimizer._replace(update=functools.partial(leniently, optimizer.update))
+
+
+ADAMW = lenient(build_optimizer("adamw", lambda _: 0.01, weight_decay=0.01))
+ADAFACTOR = lenient(build_optimizer("adafactor", lambda _: 0.05))
+GRADIENT_DESCENT = optax.sgd(1.0)  # The weights then differ by the gradient.
+
+
+def mesh_of(*sizes):
+    if sizes != (1, 1, 1):
+        return make_mesh(*sizes)
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+@functools.cache
+def initial(task, optimizer, sizes=(1, 1, 1), **changes):
+    build = functools.partial(build_model, task, SIZES | changes)
+    return init_state(build, optimizer, mesh_of(*sizes), 3)
+
+
+def begin(task, optimizer, sizes=(1, 1, 1), **changes):
+    """The model, and a state of one's own, which may be donated."""
+    model, state = initial(task, optimizer, sizes, **changes)
+    return model, jax.tree.map(jnp.copy, state)
+
+
+def put(batch, sizes=(1, 1, 1)):
+    return jax.device_put(batch, NamedSharding(mesh_of(*sizes), PartitionSpec(("data", "fsdp"))))
+
+
+def sentences(*lengths):
+    rng = np.random.default_rng(0)
+    return [(rng.integers(3, 22, s), rng.integers(3, 22, t)) for s, t in lengths]
+
+
+def make_batch(rows, source_length, target_length):
+    """Rows of sentences, one behind the other; where there is none, ids that must not matter."""
+    rng, sides = np.random.default_rng(1), dict(source=source_length, target=target_length)
+    batch = {}
+    for side, length in sides.items():
+        for name in ("segment_ids", "positions"):
+            batch[f"{side}_{name}"] = np.zeros((len(rows), length), np.int32)
+    for name, side in dict(
+        source_tokens="source", target_inputs="target", targets="target"
+    ).items():
+        batch[name] = rng.integers(3, 22, (len(rows), sides[side])).astype(np.int32)
+    for row, packed in enumerate(rows):
+        s = t = 0
+        for segment, (source, target) in enumerate(packed, start=1):
+            in_source, in_target = slice(s, s + len(source)), slice(t, t + len(target))
+            batch["source_tokens"][row, in_source] = source
+            batch["target_inputs"][row, in_target] = [BOS, *target[:-1]]
+            batch["targets"][row, in_target] = target
+            for side, where in dict(source=in_source, target=in_target).items():
+                batch[f"{side}_segment_ids"][row, where] = segment
+                batch[f"{side}_positions"][row, where] = np.arange(where.stop - where.start)
+            s, t = in_source.stop, in_target.stop
+    return batch
+
+
+def random_batch(rows=8):
+    return make_batch([[pair] for pair in sentences(*[(6, 5)] * rows)], 7, 5)
+
+
+def sums_alone(task, model, params, pairs, **options):
+    """`make_eval_step`'s sums, from each sentence alone: no packing, padding, or segment ids."""
+
+    @jax.jit
+    def logits_of(params, source_S, inputs_T):
+        merged = nnx.merge(nnx.graphdef(model), params)
+        sides = (inputs_T,) if task == "language_model" else (source_S, inputs_T)
+        return merged(*(x[None] for x in sides))[0]
+
+    sums = dict(loss=0.0, nll=0.0, right=0, tokens=0)
+    for source, target in pairs:
+        logits_TV = logits_of(params, source, np.array([BOS, *target[:-1]]))
+        log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
+        nll_T = log_z_T - logits_TV[np.arange(len(target)), target]
+        smooth_T = log_z_T - jnp.mean(logits_TV, axis=-1)
+        share, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+        loss_T = (1 - share) * nll_T + share * smooth_T + z_loss * log_z_T**2
+        sums["loss"] += float(jnp.sum(loss_T))
+        sums["nll"] += float(jnp.sum(nll_T))
+        sums["right"] += int(np.sum(np.argmax(logits_TV, axis=-1) == target))
+        sums["tokens"] += len(target)
+    return sums
+
+
+@both_tasks
+def test_packing_and_padding_change_nothing(task):
+    """The same four sentences: packed, a row each, and with rows of padding alone."""
+    options = dict(label_smoothing=0.1, z_loss=1e-2)
+    model, state = begin(task, GRADIENT_DESCENT)
+    pairs = sentences((3, 4), (2, 5), (3, 4), (2, 5))
+    layouts = [
+        make_batch([[pairs[2], pairs[0], pairs[3]], [pairs[1]]], 9, 14),
+        make_batch([[pair] for pair in pairs] + [[], []], 4, 6),
+    ]
+    plain = sums_alone(task, model, state.params, pairs)
+    smoothed = sums_alone(task, model, state.params, pairs, **options)
+    eval_step = make_eval_step(model)
+    train_step = make_train_step(model, GRADIENT_DESCENT, state, seed=0, **options)
+    updated = []
+    for layout in layouts:
+        actual = eval_step(state.params, put(layout))
+        assert actual.keys() == plain.keys()
+        for name, expected in plain.items():
+            np.testing.assert_allclose(actual[name], expected, rtol=1e-5)
+        _, state = begin(task, GRADIENT_DESCENT)
+        new_state, metrics = train_step(state, put(layout))
+        np.testing.assert_allclose(metrics["loss"], smoothed["loss"] / 18, rtol=1e-5)
+        np.testing.assert_allclose(metrics["ln_perplexity"], plain["nll"] / 18, rtol=1e-5)
+        np.testing.assert_allclose(metrics["accuracy"], plain["right"] / 18, rtol=1e-6)
+        assert metrics["tokens"] == 18
+        updated.append((new_state.params, metrics["gradient_norm"]))
+        _, state = begin(task, GRADIENT_DESCENT)
+    # Gradients of up to a few units, summed in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *updated)
+    squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), updated[0][0], state.params)
+    norm = np.sqrt(sum(jax.tree.leaves(squares)))
+    np.testing.assert_allclose(updated[0][1], norm, rtol=1e-4)
+    assert norm > 0.1
+
+
+def test_a_batch_of_padding_alone():
+    """No tokens: a loss of zero and gradients of zero, not NaN."""
+    model, state = begin("translation", GRADIENT_DESCENT)
+    train_step = make_train_step(model, GRADIENT_DESCENT, state, seed=0)
+    new_state, metrics = train_step(state, put(make_batch([[], []], 4, 6)))
+    assert metrics["loss"] == metrics["tokens"] == metrics["gradient_norm"] == 0
+    _, state = begin("translation", GRADIENT_DESCENT)
+    jax.tree.map(np.testing.assert_array_equal, new_state.params, state.params)
+
+
+def test_mean_metrics_of_sums():
+    sums = dict(
+        loss=jnp.array(6.0), nll=jnp.array(5.0), right=jnp.array(1.0), tokens=jnp.array(4.0)
+    )
+    means = dict(loss=1.5, ln_perplexity=1.25, accuracy=0.25, tokens=4.0)
+    assert {name: float(x) for name, x in mean_metrics(sums).items()} == means
+    nothing = jax.tree.map(jnp.zeros_like, sums)
+    assert set(map(float, mean_metrics(nothing).values())) == {0.0}
+
+
+@pytest.mark.parametrize("task, optimizer", [("translation", ADAFACTOR), ("language_model", ADAMW)])
+def test_training_learns_a_batch_by_heart(task, optimizer):
+    model, state = begin(task, optimizer)
+    train_step, batch = make_train_step(model, optimizer, state, seed=0), put(random_batch())
+    losses = []
+    for step in range(40):
+        donated = state
+        state, metrics = train_step(state, batch)
+        assert int(state.step) == step + 1
+        assert all(x.is_deleted() for x in jax.tree.leaves(donated.params))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 2.5 and losses[-1] < 0.5 * losses[0]
+    assert np.isfinite(losses).all()
+
+
+def test_dropout_depends_on_seed_and_step_alone():
+    frozen = optax.sgd(0.0)
+    changes = dict(dropout_rate=0.3, attention_dropout_rate=0.2, relu_dropout_rate=0.1)
+    model, state = begin("translation", frozen, **changes)
+    batch = put(random_batch())
+
+    def loss(train_step, step):
+        _, state = begin("translation", frozen, **changes)
+        state = dataclasses.replace(state, step=jnp.full_like(state.step, step))
+        return float(train_step(state, batch)[1]["loss"])
+
+    one, other = (make_train_step(model, frozen, state, seed=seed) for seed in (5, 6))
+    assert loss(one, 0) == loss(one, 0)
+    assert len({loss(one, 0), loss(one, 1), loss(one, 2), loss(other, 0), loss(other, 1)}) == 5
+    evaluated = mean_metrics(make_eval_step(model)(state.params, batch))["loss"]
+    means = np.mean([loss(one, step) for step in range(30)])
+    assert evaluated != loss(one, 0)
+    # Dropout is unbiased but for the softmax: the loss is a little higher.
+    assert 0 < means - evaluated < 1
+
+
+# Meshes
+
+SHARD_SHAPES = {  # Of the sizes above, on the mesh (2, 2, 2).
+    "embedding/table": (11, 7),
+    "positions/table": (MAX_LENGTH, 7),
+    "attention/query": (7, 2, 5),
+    "attention/key": (7, 1, 5),
+    "attention/value": (7, 1, 5),
+    "attention/out": (2, 5, 7),
+    "feed_forward/wi": (7, 9),
+    "feed_forward/wo": (9, 7),
+    "scale": None,
+}
+
+
+def named(tree):
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_each_weight_is_made_where_it_belongs():
+    _, state = initial("translation", ADAMW, (2, 2, 2))
+    _, alone = initial("translation", ADAMW)
+    weights, seen = named(state.params), set()
+    for name, x in weights.items():
+        kind = next(kind for kind in SHARD_SHAPES if kind in name)
+        seen.add(kind)
+        shards = {shard.data.shape for shard in x.addressable_shards}
+        # Norms are replicated, or split as D is: 14 numbers, so either will do.
+        expected = {SHARD_SHAPES[kind]} if SHARD_SHAPES[kind] else shards & {(14,), (7,)}
+        assert shards == expected, name
+        assert len(x.addressable_shards) == 8
+        np.testing.assert_array_equal(x, named(alone.params)[name], err_msg=name)
+    assert seen == set(SHARD_SHAPES)
+
+    moments = {name: x for name, x in named(state.opt_state).items() if x.ndim}
+    assert len(moments) == 2 * len(weights)
+    for name, x in moments.items():
+        weight = next(w for suffix, w in weights.items() if name.endswith(f"/{suffix}"))
+        assert x.sharding.is_equivalent_to(weight.sharding, x.ndim), name
+    for x in (state.step, *(x for x in jax.tree.leaves(state.opt_state) if not x.ndim)):
+        assert len(x.sharding.device_set) == 8 and x.sharding.is_fully_replicated
+
+
+@functools.cache
+def three_steps(sizes):
+    """Losses, gradient norms and weights of three steps; and how often XLA was asked to compile."""
+    model, state = begin("translation", ADAMW, sizes)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    train_step = make_train_step(model, ADAMW, state, seed=0, label_smoothing=0.1, z_loss=1e-4)
+    batch, metrics, records = put(random_batch(), sizes), [], []
+    logger, handler = logging.getLogger("jax"), logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        for _ in range(3):
+            state, figures = train_step(state, batch)
+            metrics.append([float(figures[name]) for name in ("loss", "gradient_norm", "tokens")])
+    logger.removeHandler(handler)
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    compiled = [text for text in records if "ompil" in text and "train_step" in text]
+    finished = [text for text in compiled if "Finished XLA compilation" in text]
+    return metrics, jax.device_get(state.params), finished
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_a_mesh_changes_nothing_but_the_place(sizes):
+    expected_metrics, expected_params, _ = three_steps((1, 1, 1))
+    metrics, params, compilations = three_steps(sizes)
+    assert len(compilations) == 1, compilations
+    # float32 sums over 40 tokens in another order; AdamW then divides small by small.
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-4)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    jax.tree.map(close, params, expected_params)
