@@ -94,7 +94,8 @@ def decode_text(workdir: Path) -> None:
     for i, decoded in decoder(params, lines, keys):
         best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0].tolist()
         unended += EOS_ID not in best
-        outputs[i] = tokenizer.decode(best)
+        # A model can spell a line break byte by byte; each input has one line of output.
+        outputs[i] = tokenizer.decode(best).replace("\n", " ")
         progress.update()
     progress.close()
 

@@ -4,7 +4,7 @@
     python decode.py --workdir=DIR --input=FILE --output=FILE --beam_size=4
 
 `--config.data.path` names a directory with the files train.en, train.de, val.en, val.de,
-test_2016_flickr.en and test_2016_flickr.de, plain or .gz. A small model (about 5 M parameters in
+test_2016_flickr.en and test_2016_flickr.de, plain or .gz. A small model (4.8 M parameters in
 every variant), for a CPU.
 """
 
@@ -55,13 +55,13 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 vocab_size=vocab_size,
             ),
             train=dict(
-                steps=1_800,
+                steps=1_200,
                 batch_size=16,
                 optimizer="adafactor",
                 learning_rate=1.0,
                 hold_steps=4_000,
                 warmup_steps=100,
-                decay_steps=900,
+                decay_steps=600,
                 weight_decay=0.0,
                 label_smoothing=0.1,
                 z_loss=1e-4,
