@@ -55,11 +55,21 @@ def load_config(workdir: str | Path) -> ConfigDict:
 
 
 def keep_tokenizer(workdir: str | Path, tokenizer: str | Path) -> Path:
-    """Copies the tokenizer into `workdir`, which then is all that decoding needs."""
+    """Copies the tokenizer into `workdir`, which then is all that decoding needs.
+
+    Raises:
+      ValueError: the run in `workdir` was started with another one.
+    """
     path = Path(workdir) / TOKENIZER
     if not path.exists():
-        shutil.copyfile(tokenizer, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
+        partial = path.with_suffix(".partial")
+        shutil.copyfile(tokenizer, partial)
+        os.replace(partial, path)
+    if path.read_bytes() != Path(tokenizer).read_bytes():
+        raise ValueError(
+            f"{path} and {tokenizer} differ: the data was prepared anew since this run began; "
+            "name another --workdir, or prepare the data as it was"
+        )
     return path
 
 

@@ -56,7 +56,8 @@ def test_variants_are_the_papers_and_two_grouped_ones(module, d_ff_index):
         assert model.d_ff == row[d_ff_index]
     for variant, num_kv_heads in GROUPED.items():
         model = module.get_config(variant).model
-        assert (model.num_heads, model.num_kv_heads, model.window) == (8, num_kv_heads, None)
+        shape = model.num_heads, model.num_kv_heads, model.head_dim, model.window
+        assert shape == (8, num_kv_heads, 128, None)
 
 
 @pytest.mark.parametrize("module", [wmt14, lm1b])
@@ -86,3 +87,56 @@ def test_vocabulary_of_model_and_data_are_one_number(module):
 def test_an_unknown_variant_is_refused_with_those_there_are(module):
     with pytest.raises(ValueError, match="'multi_qery' is not one of .*multi_query"):
         module.get_config("multi_qery")
+
+
+def test_parameters_by_hand():
+    attention, feed_forward, norm = 4 * 1024 * 8 * 128, 2 * 1024 * 4096, 1024
+    layers = 6 * (attention + feed_forward + 2 * norm) + 6 * (
+        2 * attention + feed_forward + 3 * norm
+    )
+    embeddings = (33_792 + 256 + 256) * 1024  # one table of tokens, two of positions
+    expected = layers + 2 * norm + embeddings
+    assert parameters(wmt14.get_config("multi_head")) == expected
+
+
+@pytest.mark.parametrize(("module", "variant"), EVERY)
+def test_a_variant_changes_attention_and_d_ff_and_nothing_else(module, variant):
+    config, baseline = (
+        module.get_config(variant).to_dict(),
+        module.get_config("multi_head").to_dict(),
+    )
+    for field in ("num_heads", "num_kv_heads", "head_dim", "window", "d_ff"):
+        del config["model"][field], baseline["model"][field]
+    assert config == baseline
+
+
+@pytest.mark.parametrize("module", [wmt14, lm1b])
+def test_length_and_window_can_be_overridden(module):
+    config = module.get_config()
+    config.data.target_length = 127
+    assert config.model.max_length == 127
+    config.model.window = 5
+    assert TransformerConfig(**config.model.to_dict()).window == 5
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "expected"),
+    [  # the published configurations, of wmt14 and of lm1b
+        ("train", "steps", (100_000, 136_000)),
+        ("train", "batch_size", (128, 256)),
+        ("train", "hold_steps", (10_000, 10_000)),
+        ("train", "decay_steps", (20_000, 13_600)),
+        ("train", "label_smoothing", (0.1, 0.0)),
+        ("train", "z_loss", (1e-4, 1e-4)),
+        ("train", "optimizer", ("adafactor", "adafactor")),
+        ("model", "d_model", (1024, 1024)),
+        ("model", "num_layers", (6, 6)),
+        ("model", "max_length", (256, 256)),
+        ("model", "dropout_rate", (0.2, 0.0)),
+        ("model", "attention_dropout_rate", (0.1, 0.0)),
+        ("model", "relu_dropout_rate", (0.1, 0.0)),
+        ("model", "dtype", ("bfloat16", "bfloat16")),
+    ],
+)
+def test_training_is_that_of_the_paper(section, field, expected):
+    assert tuple(module.get_config()[section][field] for module in (wmt14, lm1b)) == expected

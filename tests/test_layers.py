@@ -1,10 +1,14 @@
 """The layers against their formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mqa_jax.layers import Embedding, FeedForward, RMSNorm, Softmax
 
@@ -77,3 +81,65 @@ def test_logits_are_float32_for_bfloat16_activations(layer):
     assert logits.dtype == jnp.float32
     # Sums that were rounded to bfloat16 on the way would fit into 16 bits.
     assert (np.asarray(logits.astype(jnp.bfloat16), np.float32) != np.asarray(logits)).any()
+
+
+@given(
+    ids=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-12, 14), min_size=7, max_size=7)
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_any_id_gives_its_own_row_or_nan(ids):
+    table = Embedding(V, D, rngs=nnx.Rngs(0))
+    vectors = look_up(table, jnp.array(ids))
+    for vector, i in zip(vectors, ids, strict=True):
+        expected = table.table[i] if 0 <= i < V else np.full(D, np.nan)
+        np.testing.assert_array_equal(vector, expected)
+
+
+@jax.jit
+def look_up(table, ids):
+    return table(ids)
+
+
+@pytest.mark.parametrize("layer", [Softmax, lambda d, v, **kw: Embedding(v, d, **kw)])
+def test_logits_by_hand_are_not_rounded_to_bfloat16(layer):
+    layer = layer(4, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    weight = layer.kernel if isinstance(layer, Softmax) else layer.table
+    weight[...] = jnp.array([16.0, 1, 0, 0]).reshape(weight.shape)
+    divisor = 1 if isinstance(layer, Softmax) else 2  # the root of D = 4
+    # 256 + 1, which bfloat16 does not have.
+    logits = layer.logits(jnp.array([[[16.0, 1, 0, 0]]]))
+    np.testing.assert_array_equal(logits, [[[257 / divisor]]])
+
+
+@pytest.mark.parametrize(
+    ("make", "weights"),
+    [  # axes and standard deviation of each weight, for sizes 41 and 59
+        (FeedForward, dict(wi=("DF", 41**-0.5), wo=("FD", 59**-0.5))),
+        (Softmax, dict(kernel=("DV", 41**-0.5))),
+        (Embedding, dict(table=("VD", 1.0))),
+        (functools.partial(Embedding, axes="PD"), dict(table=("PD", 1.0))),
+    ],
+)
+def test_weights_name_their_axes_and_have_the_deviation_of_their_fan_in(make, weights):
+    state = dict(nnx.to_flat_state(nnx.state(make(41, 59, rngs=nnx.Rngs(0)))))
+    assert {path[0] for path in state} == weights.keys()
+    for name, (axes, deviation) in weights.items():
+        assert state[name,].get_metadata()["axes"] == axes
+        values = np.asarray(state[name,][...])
+        # Of 41 * 59 draws: one sigma is 1.5 % for the deviation, 2 % of it for the mean.
+        np.testing.assert_allclose(values.std(), deviation, rtol=0.06)
+        np.testing.assert_allclose(values.mean(), 0, atol=0.08 * deviation)
+
+
+@pytest.mark.parametrize("make", [FeedForward, Embedding, Softmax])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_dtype_is_of_activations_and_param_dtype_of_weights(make, dtypes):
+    def build():
+        layer = make(3, 5, dtype=dtypes[0], param_dtype=dtypes[1], rngs=nnx.Rngs(0))
+        x = jnp.zeros((1, 2), jnp.int32) if make is Embedding else jnp.zeros((1, 2, 3))
+        output = layer.logits(x) if make is Softmax else layer(x)
+        return output, jax.tree.leaves(nnx.state(layer))
+
+    output, weights = nnx.eval_shape(build)
+    assert {weight.dtype for weight in weights} == {jnp.dtype(dtypes[1])}
+    assert output.dtype == ("float32" if make is Softmax else dtypes[0])

@@ -1,6 +1,7 @@
 """The mesh, the rules, and that a sharded model computes what one on a single device does."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mqa_jax import DecoderOnly, TransformerConfig
+from mqa_jax import Attention, DecoderOnly, TransformerConfig
 from mqa_jax.sharding import ShardingRules, make_mesh
 
 CONFIG = TransformerConfig(
@@ -28,7 +29,9 @@ def test_mesh_takes_what_is_left_for_minus_one():
     assert dict(make_mesh(1, 1, 8).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 2, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 2, 1), (-1, 0, 1)]
+)
 def test_mesh_that_does_not_use_all_devices_is_refused(sizes):
     data, fsdp, tensor = sizes
     with pytest.raises(ValueError, match=f"data={data}, fsdp={fsdp}, tensor={tensor}.* 8 devices"):
@@ -87,3 +90,61 @@ def test_a_sharded_model_computes_the_same(sizes, num_kv_heads):
 
     query = nnx.merge(graphdef, sharded).decoder.layers[0].attention.query[...]
     assert query.addressable_shards[0].data.size == query.size // (sizes[1] * sizes[2])
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "sizes", "kv_heads_axis"),
+    [
+        (4, (2, 2, 2), "tensor"),
+        (2, (2, 2, 2), "tensor"),
+        (2, (1, 2, 4), None),
+        (1, (2, 2, 2), None),
+    ],
+)
+def test_attention_weights_split_and_key_value_heads_only_where_they_divide(
+    num_kv_heads, sizes, kv_heads_axis
+):
+    attention = nnx.eval_shape(lambda: Attention(16, 4, num_kv_heads, 5, rngs=nnx.Rngs(0)))
+    mesh = make_mesh(*sizes)
+    specs = dict(
+        query=PartitionSpec("fsdp", "tensor", None),
+        key=PartitionSpec("fsdp", kv_heads_axis, None),
+        value=PartitionSpec("fsdp", kv_heads_axis, None),
+        out=PartitionSpec("tensor", None, "fsdp"),
+    )
+    shardings = dict(nnx.to_flat_state(ShardingRules().params(mesh, nnx.state(attention))))
+    assert shardings.keys() == {(name,) for name in specs}
+    for name, spec in specs.items():
+        expected = jax.sharding.NamedSharding(mesh, spec)
+        assert shardings[name,].get_value().is_equivalent_to(expected, 3)
+
+
+def test_a_weight_without_axes_is_replicated_and_a_rule_can_be_changed():
+    mesh = make_mesh(2, 2, 2)
+    module = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    for variable in jax.tree.leaves(ShardingRules().params(mesh, nnx.state(module))):
+        assert variable.spec == PartitionSpec()
+    assert (
+        ShardingRules(V=())
+        .sharding(mesh, "VD", (13, 6))
+        .is_equivalent_to(jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp")), 2)
+    )
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_gradients_of_sharded_weights_are_the_same(num_kv_heads):
+    attention = Attention(16, 4, num_kv_heads, 5, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(attention)
+    x = jax.random.normal(jax.random.key(1), (8, 7, 16))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        return (nnx.merge(graphdef, params)(x, is_causal=True) ** 2).sum()
+
+    mesh, rules = make_mesh(2, 2, 2), ShardingRules()
+    sharded = jax.device_put(params, rules.params(mesh, params))
+    batch = jax.device_put(x, rules.sharding(mesh, "BT", x.shape[:2]))
+    # Sums over a sharded axis are added in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4, equal_nan=False)
+    jax.tree.map(close, gradient(sharded, batch), gradient(params, x))
