@@ -379,27 +379,29 @@ def test_impossible_tokens():
 
 def test_beams_share_what_step_fn_closes_over():
     """Element `i` of the batch has rows `i * b ... i * b + b - 1`; a constant is left as it is."""
-    batch, beam, vocab, length = 2, 3, 7, 5
-    memory_BV = np.random.default_rng(0).normal(size=(batch, vocab)).astype(np.float32)
+    batch, beam, vocab, length = 2, 4, 7, 5
+    memory_BV, own_BV = np.random.default_rng(0).normal(size=(2, batch, vocab)).astype(np.float32)
     model, seen = Historian.random(0, length, vocab), []
 
-    def search(memory_BV, tokens_B):
+    def search(memory_BV, own_BV, tokens_B):
         def step_fn(tokens_R, cache):
             shapes = {name: leaf.shape for name, leaf in cache.items()}
             seen.append((memory_BV.shape, tokens_R.shape, shapes))
+            own_RV = cache.pop("own")
             logits_RV, cache = model.step(tokens_R, cache)
-            per_element = logits_RV.reshape(memory_BV.shape[0], -1, vocab) + memory_BV[:, None]
-            return per_element.reshape(-1, vocab), cache
+            per_element = (logits_RV + own_RV).reshape(memory_BV.shape[0], -1, vocab)
+            return (per_element + memory_BV[:, None]).reshape(-1, vocab), cache | {"own": own_RV}
 
+        cache = model.cache(tokens_B.shape[0]) | {"own": own_BV}
         options = dict(beam_size=beam, max_new_tokens=length, eos_id=EOS)
-        return beam_search(step_fn, model.cache(tokens_B.shape[0]), tokens_B, **options)
+        return beam_search(step_fn, cache, tokens_B, **options)
 
-    run, tokens_B = jax.jit(search), jnp.array([1, 4])
-    together = run(memory_BV, tokens_B)
-    rows = batch * beam
-    assert seen[-1] == ((batch, vocab), (rows,), dict(history=(rows, length), length=(rows,)))
+    run = jax.jit(search)
+    together, rows = run(memory_BV, own_BV, START), batch * beam
+    cache_shapes = dict(history=(rows, length), length=(rows,), own=(rows, vocab))
+    assert seen[-1] == ((batch, vocab), (rows,), cache_shapes)
     for i in range(batch):
-        alone = run(memory_BV[i : i + 1], tokens_B[i : i + 1])
+        alone = run(*(x[i : i + 1] for x in (memory_BV, own_BV, START)))
         np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
         np.testing.assert_allclose(together.score[i], alone.score[0], **CLOSE)
 
