@@ -120,10 +120,10 @@ def same(actual, expected):
 @both_models
 @pytest.mark.parametrize("name", SEARCHES)
 def test_lines_are_decoded_as_if_each_were_alone(model_type, name):
-    """Two widths, batches that mix lengths, a last one that is not full, and an empty line."""
+    """Batches that mix lengths, a last one that is not full, an empty line, and two widths."""
     search, limit = SEARCHES[name], 6
     model, params = make_model(model_type)
-    lines = make_lines(3, 19, 0, 11, 15, 7, 1)
+    lines = make_lines(3, 19 if name == "greedy" else 9, 0, 11, 14, 7, 1)
     keys = jax.random.split(jax.random.key(3), len(lines)) if name == "sample" else None
     decoder = make_decoder(model, search, max_new_tokens=limit)
     results = list(decoder(params, lines, keys))
@@ -138,6 +138,10 @@ def test_lines_are_decoded_as_if_each_were_alone(model_type, name):
         same(by_index[i], expected)
         lengths |= set(np.atleast_1d(expected.length).tolist())
     assert len(lengths) > 1, "some lines should end early"
+    stats, best = decoder.stats, [int(d.length.flat[0]) for _, d in results]
+    assert stats.tokens == sum(best) and stats.compile_seconds > 0 and stats.decode_seconds > 0
+    steps = [int(decoded.steps) for _, decoded in results]
+    assert stats.steps == steps[0] + steps[3] + steps[6], "the steps of three batches"
 
     order = np.array([4, 0, 6, 2, 1, 5, 3])
     shuffled = [lines[i] for i in order]
@@ -168,15 +172,9 @@ def test_the_default_limit_does_not_depend_on_the_lines_beside(model_type):
 
 @both_models
 @pytest.mark.parametrize("max_new_tokens", [None, 4])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_corpus_compiles_once_a_bucket(model_type, max_new_tokens, batch_size):
+def test_a_corpus_compiles_once_a_bucket(model_type, max_new_tokens):
     log, (model, params) = [], make_model(model_type)
-    decoder = make_decoder(
-        model,
-        functools.partial(record, log),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+    decoder = make_decoder(model, functools.partial(record, log), max_new_tokens=max_new_tokens)
     # As long as they may be: 40 tokens with the end of sentence, or less what is to be decoded.
     longest = MAX_LENGTH - 1 - (model_type is DecoderOnly) * ((max_new_tokens or 1) - 1)
     lines = make_lines(*range(longest + 1 - (model_type is DecoderOnly)))
@@ -223,18 +221,6 @@ def test_no_lines(model_type):
     assert list(make_decoder(model, greedy)(params, [])) == []
 
 
-def test_stats_count_real_lines():
-    model, params = make_model(EncoderDecoder)
-    decoder = make_decoder(model, SEARCHES["beam_search"], max_new_tokens=6)
-    results = list(decoder(params, make_lines(3, 5, 2, 4)))
-    stats = decoder.stats
-    assert stats.tokens == sum(int(decoded.length[0]) for _, decoded in results)
-    # Two batches, and the second one holds the longest line alone.
-    steps = [int(decoded.steps) for _, decoded in results]
-    assert stats.steps == steps[0] + steps[3] and steps[0] == steps[1] == steps[2]
-    assert stats.compile_seconds > 0 and stats.decode_seconds > 0
-
-
 @both_models
 def test_weights_are_cast_once_before_the_loop(model_type):
     """The search's own step sees weights of the activations' dtype: no step reads wider ones."""
@@ -243,7 +229,7 @@ def test_weights_are_cast_once_before_the_loop(model_type):
     def search(step_fn, cache, last_B, *, max_new_tokens):
         owner = step_fn.args[0] if isinstance(step_fn, functools.partial) else step_fn.__self__
         seen.extend(x.dtype for x in jax.tree.leaves(nnx.state(owner)) if x.ndim > 1)
-        return greedy(step_fn, cache, last_B, max_new_tokens=max_new_tokens)
+        return record([], step_fn, cache, last_B, max_new_tokens=max_new_tokens)
 
     decoder = make_decoder(model, search, max_new_tokens=2)
     assert len(list(decoder(params, make_lines(3)))) == 1

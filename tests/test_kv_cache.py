@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mqa_jax
+from mqa_jax import kv_cache
 
 T, S, N, H, D = 7, 11, 6, 5, 13
 # The same products in another order: a few roundings, of values of about 1, in float32 and in
@@ -149,6 +150,19 @@ def test_ring_cache_puts_position_p_into_slot_p_mod_window():
     key = np.einsum("TD,DH->TH", x[0], attention.key[...][:, 0])
     _, cache = attention.prefill(x, attention.init_cache(1, 5))
     close(cache.key[0, 0], key[[3, 4, 2]])
+
+
+def test_ring_cache_writes_a_slot_once(monkeypatch):
+    # Of two writes to one slot a GPU may keep either, a CPU keeps the last.
+    slots, write = [], kv_cache._write
+    monkeypatch.setattr(kv_cache, "_write", lambda *args: slots.append(args[3]) or write(*args))
+    attention = module(1, window=3)
+    attention.prefill(normal(0, 3, T, D), attention.init_cache(3, T), np.array([7, 2, 4]))
+    assert [sorted(row) for row in slots[0].tolist()] == [
+        [0, 1, 2, 3, 3, 3, 3],  # 3 is past the end: not written
+        [0, 1, 3, 3, 3, 3, 3],
+        [0, 1, 2, 3, 3, 3, 3],
+    ]
 
 
 def overflowing():

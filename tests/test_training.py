@@ -292,7 +292,7 @@ def test_training_learns_a_batch_by_heart(task, optimizer):
 
 def test_dropout_depends_on_seed_and_step_alone():
     frozen, task = optax.sgd(0.0), "language_model"
-    changes = dict(dropout_rate=0.3, attention_dropout_rate=0.2, relu_dropout_rate=0.1)
+    changes = dict(relu_dropout_rate=0.4)
     model, state = begin(task, frozen, **changes)
     batch = put(random_batch())
 
@@ -305,9 +305,10 @@ def test_dropout_depends_on_seed_and_step_alone():
     losses = [loss(one, step) for step in range(20)]
     assert [loss(one, step) for step in range(3)] == losses[:3]
     assert len({*losses, loss(other, 0), loss(other, 1)}) == 22
-    # Masks average out, but for the softmax: the loss without them is near, and a little lower.
-    evaluated = mean_metrics(make_eval_step(model)(state.params, batch))["loss"]
-    assert 0 < np.mean(losses) - evaluated < 1
+    # There are no masks in evaluation, where the loss is about what they average to.
+    evaluated = float(mean_metrics(make_eval_step(model)(state.params, batch))["loss"])
+    assert evaluated not in losses
+    np.testing.assert_allclose(np.mean(losses), evaluated, rtol=0.05)
 
 
 # Meshes

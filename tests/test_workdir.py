@@ -88,15 +88,16 @@ def test_no_config(tmp_path):
         workdir.load_config(tmp_path)
 
 
-def test_the_tokenizer_is_kept_as_it_was_first(tmp_path):
-    first, other = tmp_path / "first.model", tmp_path / "other.model"
+def test_the_tokenizer_is_kept(tmp_path):
+    first, other, run = tmp_path / "first.model", tmp_path / "other.model", tmp_path / "run"
     first.write_bytes(bytes(range(256)))
     other.write_bytes(b"other")
-    run = tmp_path / "run"
     run.mkdir()
     path = workdir.keep_tokenizer(str(run), first)
     assert path == run / "tokenizer.model" and path.read_bytes() == first.read_bytes()
-    assert workdir.keep_tokenizer(run, other) == path
+    assert workdir.keep_tokenizer(run, str(first)) == path
+    with pytest.raises(ValueError, match="run/tokenizer.model and .*other.model differ"):
+        workdir.keep_tokenizer(run, other)
     assert path.read_bytes() == first.read_bytes()
     assert files(run) == ["tokenizer.model"]
 
