@@ -301,8 +301,9 @@ class Attention(nnx.Module):
           `[B, T, D]`, of no meaning at padding, and the new cache.
 
         Raises:
-          ValueError: shapes that do not fit, or more tokens than a full-length cache has room for.
-            Under `jax.jit`, where lengths are not known, a row that overflows turns to NaN instead.
+          ValueError: shapes that do not fit, lengths outside `0 .. T`, or more tokens than a
+            full-length cache has room for. Under `jax.jit`, where lengths are not known, such a row
+            turns to NaN instead.
         """
         batch = cache.key.shape[0]
         self._check_input("x_BTD", x_BTD, batch=batch)
@@ -312,6 +313,12 @@ class Attention(nnx.Module):
         lengths_B = jnp.asarray(lengths_B, jnp.int32)
         if lengths_B.shape != (batch,):
             raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
+        is_wrong_B = (lengths_B < 0) | (lengths_B > length)
+        if not isinstance(is_wrong_B, jax.core.Tracer) and jnp.any(is_wrong_B):
+            raise ValueError(
+                f"lengths_B={lengths_B.tolist()}, but each row has {length} tokens: give lengths "
+                f"from 0 to {length}"
+            )
         query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
         key_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.key)
         value_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.value)
@@ -321,7 +328,8 @@ class Attention(nnx.Module):
         )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
         output_BTNH = _attend(query_BTNH, key_BKSH, value_BKSH, mask)
-        output_BTNH = jnp.where(overflow_B[:, None, None, None], jnp.nan, output_BTNH)
+        is_lost_B = (overflow_B | is_wrong_B)[:, None, None, None]
+        output_BTNH = jnp.where(is_lost_B, jnp.nan, output_BTNH)
         return self._output(output_BTNH), cache
 
     def decode(
