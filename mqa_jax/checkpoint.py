@@ -1,5 +1,8 @@
 """Checkpoints of a training run: the one place that knows Orbax."""
 
+import hashlib
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from mqa_jax.training import TrainState
+
+MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -35,6 +40,8 @@ class Checkpoints:
         Raises whatever an earlier save failed with.
         """
         step = int(state.step)
+        self._manager.wait_until_finished()
+        self._sign()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -43,6 +50,25 @@ class Checkpoints:
                 position=ocp.args.JsonSave({"step": step, "batches": step}),
             ),
         )
+
+    def _sign(self) -> None:
+        """Writes the hashes of a checkpoint's files beside them, once it is whole."""
+        directory = Path(self._manager.directory)
+        for step in directory.iterdir():
+            if step.name.isdigit() and not (step / MANIFEST).exists() and jax.process_index() == 0:
+                partial = directory / f"{step.name}.{MANIFEST}"
+                partial.write_text(json.dumps(_hashes(step), indent=2))
+                os.replace(partial, step / MANIFEST)
+
+    def _verify(self, step: int) -> None:
+        directory = Path(self._manager.directory) / str(step)
+        if (directory / MANIFEST).exists():
+            kept, found = json.loads((directory / MANIFEST).read_text()), _hashes(directory)
+            if bad := sorted(name for name in kept if found.get(name) != kept[name]):
+                raise ValueError(
+                    f"checkpoint {directory} is damaged, files {bad} are not what was written: "
+                    "delete it, and the one before is used"
+                )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -80,6 +106,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is on disk; raises whatever it failed with."""
         self._manager.wait_until_finished()
+        self._sign()
         self._manager.close()
 
     def _step(self) -> int:
@@ -88,7 +115,19 @@ class Checkpoints:
             raise ValueError(
                 f"no checkpoint in {self._manager.directory}: train first, or name another workdir"
             )
+        self._verify(step)
         return step
+
+
+def _hashes(directory) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as file:
+                hashes[str(path.relative_to(directory))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
+    return hashes
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

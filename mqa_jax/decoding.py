@@ -139,7 +139,7 @@ def _keep_probable(logits_BV: Array, top_k: int | None, top_p: float | None) -> 
         top_k = min(top_k, logits_BV.shape[-1])
         threshold_B1 = lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probability_BV = jax.nn.softmax(sorted_BV)
         # Kept are tokens before which less than top_p has been gathered: the first one always.
@@ -257,7 +257,9 @@ def beam_search(
         )
         is_end_Bc = token_Bc == eos_id
 
-        ended_Bc = jnp.where(is_end_Bc, score_Bc / length_penalty(step + 1, alpha), -jnp.inf)
+        ended_Bc = jnp.where(
+            is_end_Bc, score_Bc / length_penalty((step + 1).astype(jnp.float32), alpha), -jnp.inf
+        )
         finished_Bb, best_Bb = lax.top_k(
             jnp.concatenate([finished_Bb, ended_Bc], axis=1), beam_size
         )

@@ -165,12 +165,18 @@ class LineDecoder:
             decoded then.
         """
         prompts = [self._prompt(number, line) for number, line in enumerate(lines, start=1)]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        # Only lines of one shape share a batch: what is decoded for one depends on no other then.
+        by_shape = {}
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            by_shape.setdefault(self._shape(len(prompts[i])), []).append(i)
+        batches = [
+            (shape, lines[start : start + self._batch_size])
+            for shape, lines in by_shape.items()
+            for start in range(0, len(lines), self._batch_size)
+        ]
+        for (width, limit), batch in batches:
             rows = batch + batch[-1:] * (self._batch_size - len(batch))
             lengths_B = np.array([len(prompts[i]) for i in rows], np.int32)
-            width, limit = self._shape(int(lengths_B.max()))
             prompt_BP = np.zeros((self._batch_size, width), np.int32)
             for row, i in enumerate(rows):
                 prompt_BP[row, : lengths_B[row]] = prompts[i]
@@ -213,11 +219,11 @@ class LineDecoder:
             )
         return ids
 
-    def _shape(self, longest: int) -> tuple[int, int]:
-        """Width of the prompts and number of new tokens, for prompts of up to `longest` tokens."""
-        width = -(-longest // BUCKET) * BUCKET
+    def _shape(self, length: int) -> tuple[int, int]:
+        """Prompt width and new tokens of the batch that a prompt of `length` tokens goes into."""
+        width = -(-length // BUCKET) * BUCKET
         limit = self._max_new_tokens or width + 50
         if self._is_translation:
             return min(width, self._max_length), min(limit, self._max_length)
-        limit = min(limit, self._max_length - longest)
-        return min(width, self._max_length - limit), limit
+        width = min(width, self._max_length - (self._max_new_tokens or 1))
+        return width, min(limit, self._max_length - width)

@@ -223,7 +223,7 @@ def make_train_step(
         gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = mean_metrics(sums) | {"gradient_norm": optax.global_norm(gradients)}
+        metrics = mean_metrics(sums) | {"gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
