@@ -45,7 +45,7 @@ def command(*args, cwd: Path) -> dict:
 
 
 def run(*args, cwd: Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(**command(*args, cwd=cwd), capture_output=True, timeout=300, **options)
+    return subprocess.run(**command(*args, cwd=cwd), capture_output=True, timeout=1800, **options)
 
 
 def run_well(*args, cwd: Path, **options) -> subprocess.CompletedProcess:
@@ -109,7 +109,7 @@ def test_a_killed_run_resumes_with_the_same_losses(project):
         stderr=subprocess.DEVNULL,
     )
     metrics, checkpoint = project / "killed/metrics.jsonl", project / "killed/checkpoints/3"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (metrics.exists() and checkpoint.exists() and len(losses(project / "killed")) >= 4):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)

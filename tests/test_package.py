@@ -13,7 +13,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "sentencepiece",
 
 def run(program: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
