@@ -92,7 +92,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """
     count = jax.device_count()
     sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise ValueError(
