@@ -15,11 +15,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
+from mqa_jax.kv_cache import BeamCache, CrossCache, KVCache, RingCache
+from mqa_jax.linear import linear
 from mqa_jax.sharding import param
+
+SelfCache = KVCache | RingCache | BeamCache
 
 
 def causal_mask(
@@ -106,8 +109,7 @@ def dot_product_attention(
         positions = jnp.arange(length)[None]
         causal = causal_mask(positions, positions, window)
         mask = causal if mask is None else mask & causal
-    key_BKSH, value_BKSH = jnp.swapaxes(key_BSKH, 1, 2), jnp.swapaxes(value_BSKH, 1, 2)
-    return _attend(query_BTNH, key_BKSH, value_BKSH, mask, scale)
+    return _attend(query_BTNH, _heads_first(key_BSKH), _heads_first(value_BSKH), mask, scale)
 
 
 def _attend(
@@ -122,9 +124,7 @@ def _attend(
     batch, length, num_heads, head_dim = query_BTNH.shape
     num_kv_heads = key_BKSH.shape[1]
     query_BTKGH = query_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim)
-    logits_BKGTS = jnp.einsum(
-        "BTKGH,BKSH->BKGTS", query_BTKGH, key_BKSH, preferred_element_type=jnp.float32
-    )
+    logits_BKGTS = _query_key(query_BTKGH, key_BKSH)
     logits_BKGTS *= head_dim**-0.5 if scale is None else scale
     if mask is not None:
         if mask.shape[1] == num_heads:
@@ -140,15 +140,43 @@ def _attend(
     weights_BKGTS = weights_BKGTS.astype(value_BKSH.dtype)
     if dropout is not None:
         weights_BKGTS = dropout(weights_BKGTS)
-    output_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, value_BKSH)
+    output_BTKGH = _weights_value(weights_BKGTS, value_BKSH)
     return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+
+
+# A multi-head decode step has one query for each row of keys, so there is nothing for a matrix
+# product to reuse. As a sum it is one pass over the cache on every device; as a product it crawls
+# on a CPU, in bfloat16 above all. The barriers tie the cache to the step: XLA would otherwise widen
+# a cross-attention cache to float32 once, before the loop, and every step would read the double.
+
+
+def _query_key(query_BTKGH: Array, key_BKSH: Array) -> Array:
+    """`[B, K, G, T, S]`, float32."""
+    _, length, _, group, _ = query_BTKGH.shape
+    if length * group == 1:
+        query_BTKGH, key_BKSH = lax.optimization_barrier((query_BTKGH, key_BKSH))
+        query_BK1H = query_BTKGH[:, 0].astype(jnp.float32)
+        return jnp.sum(key_BKSH.astype(jnp.float32) * query_BK1H, axis=3)[:, :, None, None]
+    return jnp.einsum(
+        "BTKGH,BKSH->BKGTS", query_BTKGH, key_BKSH, preferred_element_type=jnp.float32
+    )
+
+
+def _weights_value(weights_BKGTS: Array, value_BKSH: Array) -> Array:
+    """`[B, T, K, G, H]`."""
+    _, _, group, length, _ = weights_BKGTS.shape
+    if length * group == 1:
+        weights_BKGTS, value_BKSH = lax.optimization_barrier((weights_BKGTS, value_BKSH))
+        weights_BKS1 = weights_BKGTS[:, :, 0, 0, :, None].astype(jnp.float32)
+        return jnp.sum(value_BKSH.astype(jnp.float32) * weights_BKS1, axis=2)[:, None, :, None]
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, value_BKSH)
 
 
 class Attention(nnx.Module):
     """Attention with `num_heads` query heads over `num_kv_heads` key/value heads, no biases.
 
-    The weights are `query [D, N, H]`, `key [D, K, H]`, `value [D, K, H]` and `out [N, H, D]`, and
-    the module is the einsums of the paper's sections 2.4 and 3.1 around `dot_product_attention`.
+    The weights are `query [N, H, D]`, `key [K, H, D]`, `value [K, H, D]` and `out [D, N, H]`, and
+    the module is the products of the paper's sections 2.4 and 3.1 around `dot_product_attention`.
     It holds no state but its weights: caches are passed in and returned.
 
     Args:
@@ -203,10 +231,10 @@ class Attention(nnx.Module):
         self.dtype = dtype
         self.dropout = nnx.Dropout(dropout_rate)
         weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
-        self.query = weight("DNH", (d_model, num_heads, head_dim), fan_in=d_model)
-        self.key = weight("DKH", (d_model, num_kv_heads, head_dim), fan_in=d_model)
-        self.value = weight("DKH", (d_model, num_kv_heads, head_dim), fan_in=d_model)
-        self.out = weight("NHD", (num_heads, head_dim, d_model), fan_in=num_heads * head_dim)
+        self.query = weight("NHD", (num_heads, head_dim, d_model), fan_in=d_model)
+        self.key = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
+        self.value = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
+        self.out = weight("DNH", (d_model, num_heads, head_dim), fan_in=num_heads * head_dim)
 
     def __call__(
         self,
@@ -241,10 +269,10 @@ class Attention(nnx.Module):
                     f"is_causal={is_causal}, window={self.window} with a memory: cross-attention "
                     "sees all of its memory; hide keys with a mask"
                 )
-        query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
+        query_BTNH = self._project(x_BTD, self.query)
         source_BSD = memory_BSD if is_cross else x_BTD
-        key_BKSH = self._project("BSD,DKH->BKSH", source_BSD, self.key)
-        value_BKSH = self._project("BSD,DKH->BKSH", source_BSD, self.value)
+        key_BKSH = _heads_first(self._project(source_BSD, self.key))
+        value_BKSH = _heads_first(self._project(source_BSD, self.value))
         if mask is not None:
             batch, length, num_heads, _ = query_BTNH.shape
             _check_mask(mask, (batch, num_heads, length, source_BSD.shape[1]))
@@ -257,7 +285,7 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> KVCache | RingCache:
         """An empty cache: of `length` slots, or a ring of `window` slots for local attention."""
-        _, num_kv_heads, head_dim = self.key.shape
+        num_kv_heads, head_dim, _ = self.key.shape
         cache_type, slots = (KVCache, length) if self.window is None else (RingCache, self.window)
         if batch < 1 or slots < 1:
             raise ValueError(f"a cache needs batch and length of at least 1, not {batch}, {length}")
@@ -280,14 +308,14 @@ class Attention(nnx.Module):
                 f"{mask_BS.dtype} of shape {mask_BS.shape}"
             )
         return CrossCache(
-            key=self._project("BSD,DKH->BKSH", memory_BSD, self.key),
-            value=self._project("BSD,DKH->BKSH", memory_BSD, self.value),
+            key=_heads_first(self._project(memory_BSD, self.key)),
+            value=_heads_first(self._project(memory_BSD, self.value)),
             mask=mask_BS,
         )
 
     def prefill(
-        self, x_BTD: Array, cache: KVCache | RingCache, lengths_B: ArrayLike | None = None
-    ) -> tuple[Array, KVCache | RingCache]:
+        self, x_BTD: Array, cache: SelfCache, lengths_B: ArrayLike | None = None
+    ) -> tuple[Array, SelfCache]:
         """Causal self-attention of `T` new tokens a row, behind those that the cache holds.
 
         A prompt goes in whole, or in chunks by several calls.
@@ -305,8 +333,10 @@ class Attention(nnx.Module):
             full-length cache has room for. Under `jax.jit`, where lengths are not known, such a row
             turns to NaN instead.
         """
-        batch = cache.key.shape[0]
+        batch = cache.length.shape[0]
         self._check_input("x_BTD", x_BTD, batch=batch)
+        if isinstance(cache, BeamCache):
+            return self._decode_beams(x_BTD, cache)
         length = x_BTD.shape[1]
         if lengths_B is None:
             lengths_B = jnp.full(batch, length, jnp.int32)
@@ -319,9 +349,9 @@ class Attention(nnx.Module):
                 f"lengths_B={lengths_B.tolist()}, but each row has {length} tokens: give lengths "
                 f"from 0 to {length}"
             )
-        query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
-        key_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.key)
-        value_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.value)
+        query_BTNH = self._project(x_BTD, self.query)
+        key_BTKH = self._project(x_BTD, self.key)
+        value_BTKH = self._project(x_BTD, self.value)
         query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
         cache, key_BKSH, value_BKSH, key_positions_BS, overflow_B = cache.append(
             key_BTKH, value_BTKH, lengths_B
@@ -332,9 +362,24 @@ class Attention(nnx.Module):
         output_BTNH = jnp.where(is_lost_B, jnp.nan, output_BTNH)
         return self._output(output_BTNH), cache
 
+    def _decode_beams(self, x_R1D: Array, cache: BeamCache) -> tuple[Array, BeamCache]:
+        """All hypotheses of a batch element ask all of its keys at once, each seeing its own."""
+        rows, length, _ = x_R1D.shape
+        if length != 1:
+            raise ValueError(f"a BeamCache takes one token a row, not T={length}")
+        batch, _, beam_size, _, _ = cache.key.shape
+        query_BbNH, key_BbKH, value_BbKH = (
+            self._project(x_R1D, weight).reshape(batch, beam_size, *weight.shape[:2])
+            for weight in (self.query, self.key, self.value)
+        )
+        cache, key_BKSH, value_BKSH, mask, overflow_Bb = cache.append(key_BbKH, value_BbKH)
+        output_BbNH = _attend(query_BbNH, key_BKSH, value_BKSH, mask)
+        output_BbNH = jnp.where(overflow_Bb[:, :, None, None], jnp.nan, output_BbNH)
+        return self._output(output_BbNH).reshape(rows, 1, -1), cache
+
     def decode(
-        self, x_BTD: Array, cache: KVCache | RingCache | CrossCache
-    ) -> tuple[Array, KVCache | RingCache | CrossCache]:
+        self, x_BTD: Array, cache: SelfCache | CrossCache
+    ) -> tuple[Array, SelfCache | CrossCache]:
         """One incremental step (Shazeer 2019, sections 2.4.1 and 3.1): `T` is 1.
 
         With a `CrossCache` the rows of `x_BTD` may be a multiple of the cache's (`b` beams of each
@@ -361,19 +406,19 @@ class Attention(nnx.Module):
                 "number of beams for each row of the cache"
             )
         x_BTD = x_BTD.reshape(batch, rows // batch * length, d_model)
-        query_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query)
+        query_BTNH = self._project(x_BTD, self.query)
         mask = cache.mask[:, None, None, :]
         output_BTD = self._output(_attend(query_BTNH, cache.key, cache.value, mask))
         return output_BTD.reshape(rows, length, d_model), cache
 
-    def _project(self, equation: str, x: Array, weight: nnx.Param) -> Array:
-        return jnp.einsum(equation, x.astype(self.dtype), weight[...].astype(self.dtype))
+    def _project(self, x: Array, weight: nnx.Param, num_inputs: int = 1) -> Array:
+        return linear(x.astype(self.dtype), weight[...].astype(self.dtype), num_inputs=num_inputs)
 
     def _output(self, x_BTNH: Array) -> Array:
-        return self._project("BTNH,NHD->BTD", x_BTNH, self.out)
+        return self._project(x_BTNH, self.out, num_inputs=2)
 
     def _check_input(self, name: str, x: Array, batch: int | None = None) -> None:
-        d_model = self.query.shape[0]
+        d_model = self.out.shape[0]
         if x.ndim != 3 or x.shape[2] != d_model or (batch is not None and x.shape[0] != batch):
             expected = f"[{'B' if batch is None else batch}, {name[-2]}, {d_model}]"
             raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}")
@@ -395,6 +440,11 @@ class MultiQueryAttention(Attention):
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
         super().__init__(d_model, num_heads, 1, head_dim, **kwargs)
+
+
+def _heads_first(x_BSKH: Array) -> Array:
+    """`[B, S, K, H]` in cache layout, `[B, K, S, H]`."""
+    return jnp.swapaxes(x_BSKH, 1, 2)
 
 
 def _check_shapes(query_BTNH: Array, key_BSKH: Array, value_BSKH: Array) -> None:

@@ -9,7 +9,8 @@ A model takes part through two things alone:
 What stays the same during a decode (an encoder's keys and values, say) belongs into `step_fn`, not
 into the cache: beam search repeats and reorders all that is in the cache, and nothing else. With a
 beam of `b`, `step_fn` is called with `B * b` rows, those of batch element `i` being
-`i * b ... i * b + b - 1`.
+`i * b ... i * b + b - 1`. A part of the cache that knows a better way than to be copied brings a
+method `expand(b)`, and what that returns a method `reorder(parent_Bb)`: `KVCache` does.
 
 Each function is one `lax.while_loop` that ends as soon as every row has. Call them inside a
 `jax.jit` of your own, so that they compile once a shape:
@@ -47,12 +48,16 @@ class Decoded:
       steps: `[]` int32: how often `step_fn` was called.
       score: beam search only, `[B, b]` float32: log-probability over length penalty; minus infinity
         marks a hypothesis that does not exist (a vocabulary too small for so wide a beam).
+      cache: greedy decoding and sampling only: the cache after the last step, which holds all but
+        the last token. Return it from a jitted function that the first cache is donated to, and
+        nothing is copied.
     """
 
     tokens: Array
     length: Array
     steps: Array
     score: Array | None = None
+    cache: Cache | None = None
 
 
 def greedy(
@@ -187,13 +192,37 @@ def _decode(
         jnp.zeros(batch, jnp.int32),
         cache,
     )
-    steps, _, output_BL, _, length_B, _ = lax.while_loop(is_running, advance, state)
-    return Decoded(output_BL, length_B, steps)
+    steps, _, output_BL, _, length_B, cache = lax.while_loop(is_running, advance, state)
+    return Decoded(output_BL, length_B, steps, cache=cache)
 
 
 def length_penalty(length: Array | int, alpha: float) -> Array | float:
     """`((5 + length) / 6) ** alpha` (Wu et al. 2016, equation 14); `length` counts the EOS."""
     return ((5.0 + length) / 6.0) ** alpha
+
+
+def expand(cache: Cache, beam_size: int) -> Cache:
+    """A cache of `B` rows for `B * b` hypotheses, of which those of one row begin alike."""
+
+    def of(node):
+        if hasattr(node, "expand"):
+            return node.expand(beam_size)
+        return jnp.repeat(node, beam_size, axis=0)
+
+    return jax.tree.map(of, cache, is_leaf=lambda node: hasattr(node, "expand"))
+
+
+def reorder(cache: Cache, parent_Bb: Array) -> Cache:
+    """The cache in which hypothesis `j` of row `i` continues hypothesis `parent_Bb[i, j]`."""
+    batch, beam_size = parent_Bb.shape
+    parent_R = (jnp.arange(batch)[:, None] * beam_size + parent_Bb).reshape(-1)
+
+    def of(node):
+        if hasattr(node, "reorder"):
+            return node.reorder(parent_Bb)
+        return node.at[parent_R].get(mode="promise_in_bounds")
+
+    return jax.tree.map(of, cache, is_leaf=lambda node: hasattr(node, "reorder"))
 
 
 def beam_search(
@@ -218,7 +247,7 @@ def beam_search(
       beam_size: `b`. With 1 this is greedy decoding, except that the search goes on behind an
         end-of-sentence that is not the most probable token.
       alpha: exponent of the length penalty, at least 0; the paper uses 0.6.
-      Others: as `greedy`. `cache` has `B` rows; it is repeated to `B * b` here.
+      Others: as `greedy`. `cache` has `B` rows; it is expanded to `B * b` here.
 
     Returns:
       tokens `[B, b, L]`, best first. Hypotheses that reached `L` without an end-of-sentence are
@@ -269,8 +298,7 @@ def beam_search(
 
         live_Bb, best_Bb = lax.top_k(jnp.where(is_end_Bc, -jnp.inf, score_Bc), beam_size)
         live_BbL = candidate_BcL[rows_B1, best_Bb]
-        parent_R = (rows_B1 * beam_size + parent_Bc[rows_B1, best_Bb]).reshape(-1)
-        cache = jax.tree.map(lambda x: x.at[parent_R].get(mode="promise_in_bounds"), cache)
+        cache = reorder(cache, parent_Bc[rows_B1, best_Bb])
         tokens_R = token_Bc[rows_B1, best_Bb].reshape(-1)
         return step + 1, tokens_R, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, cache
 
@@ -284,7 +312,7 @@ def beam_search(
         padding_BbL,
         nothing_Bb,
         jnp.zeros((batch, beam_size), jnp.int32),
-        jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=0), cache),
+        expand(cache, beam_size),
     )
     state = lax.while_loop(is_running, advance, state)
     steps, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state

@@ -133,7 +133,7 @@ class LineDecoder:
             params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
             options = {} if keys_B is None else {"key": keys_B}
             model = nnx.merge(graphdef, params)
-            return generate(
+            decoded = generate(
                 model,
                 prompt_BP,
                 lengths_B,
@@ -142,6 +142,7 @@ class LineDecoder:
                 bos_id=bos_id,
                 **options,
             )
+            return dataclasses.replace(decoded, cache=None)
 
         self._run = run
         self._compiled = {}

@@ -3,7 +3,9 @@
 All are heads-major, `[B, K, S, H]`: a decode step then reads each head's keys as one contiguous
 block, which on a CPU is up to ten times as fast as `[B, S, K, H]`.
 
-Array letters: B batch   T new tokens   S slots   K key/value heads   H head dim   W window
+Array letters:
+  B batch   T new tokens   S slots   K key/value heads   H head dim   W window
+  b beam   R rows, B * b
 """
 
 import dataclasses
@@ -55,6 +57,84 @@ class KVCache:
         cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
         position_BS = jnp.arange(capacity)[None]
         return cache, cache.key, cache.value, position_BS, new_length_B > capacity
+
+    def expand(self, beam_size: int) -> "BeamCache":
+        """The cache of a beam search: what is held so far is what all hypotheses begin with."""
+        batch, _, slots, _ = self.key.shape
+
+        def with_lanes(x_BKSH: Array) -> Array:
+            return jnp.pad(x_BKSH[:, :, None], ((0, 0), (0, 0), (0, beam_size - 1), (0, 0), (0, 0)))
+
+        return BeamCache(
+            key=with_lanes(self.key),
+            value=with_lanes(self.value),
+            lane=jnp.zeros((batch, beam_size, slots), jnp.int32),
+            length=jnp.repeat(self.length, beam_size),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BeamCache:
+    """Keys and values of the `b` hypotheses of each batch element, which never move.
+
+    Each hypothesis writes its tokens into a lane of its own. When the search replaces hypotheses,
+    only the table of lanes is reordered, which says where a hypothesis finds each token of its
+    history; hypotheses share what they have in common. Made from a `KVCache` by `expand`.
+
+    Attributes:
+      key: `[B, K, b, S, H]`.
+      value: `[B, K, b, S, H]`.
+      lane: `[B, b, S]` int32, the lane that holds the token in slot `s` of a hypothesis.
+      length: `[R]` int32, the tokens of each hypothesis.
+    """
+
+    key: Array
+    value: Array
+    lane: Array
+    length: Array
+
+    def append(self, key_BbKH: Array, value_BbKH: Array):
+        """Writes one token for each hypothesis.
+
+        Returns:
+          the new cache; the keys and values to attend to, `[B, K, b * S, H]`; which of them each
+          hypothesis may see, bool `[B, 1, b, b * S]`; and bool `[B, b]`, those without room.
+
+        Raises:
+          ValueError: as `KVCache.append`.
+        """
+        batch, num_kv_heads, beam_size, capacity, head_dim = self.key.shape
+        length_R = self.length + 1
+        if not isinstance(length_R, jax.core.Tracer) and jnp.max(length_R) > capacity:
+            raise ValueError(
+                f"a hypothesis would hold {int(jnp.max(length_R))} tokens, but the cache has room "
+                f"for {capacity}: make it longer, init_cache(batch, length)"
+            )
+        slot_Bb = self.length.reshape(batch, beam_size)
+        rows_B1, lanes_1b = jnp.arange(batch)[:, None], jnp.arange(beam_size)[None]
+
+        def put(buffer_BKbSH: Array, new_BbKH: Array) -> Array:
+            return buffer_BKbSH.at[rows_B1, :, lanes_1b, slot_Bb].set(
+                new_BbKH.astype(buffer_BKbSH.dtype), mode="drop"
+            )
+
+        lane_BbS = self.lane.at[rows_B1, lanes_1b, slot_Bb].set(lanes_1b, mode="drop")
+        cache = BeamCache(put(self.key, key_BbKH), put(self.value, value_BbKH), lane_BbS, length_R)
+        is_held_BbS = jnp.arange(capacity)[None, None] <= slot_Bb[:, :, None]
+        is_mine_BbbS = lane_BbS[:, :, None] == jnp.arange(beam_size)[None, None, :, None]
+        mask = (is_mine_BbbS & is_held_BbS[:, :, None]).reshape(batch, 1, beam_size, -1)
+        flat = (batch, num_kv_heads, beam_size * capacity, head_dim)
+        return cache, cache.key.reshape(flat), cache.value.reshape(flat), mask, slot_Bb >= capacity
+
+    def reorder(self, parent_Bb: Array) -> "BeamCache":
+        """The cache in which hypothesis `j` continues what was hypothesis `parent_Bb[:, j]`."""
+        batch, beam_size, _ = self.lane.shape
+        rows_B1 = jnp.arange(batch)[:, None]
+        length_Bb = self.length.reshape(batch, beam_size)[rows_B1, parent_Bb]
+        return dataclasses.replace(
+            self, lane=self.lane[rows_B1, parent_Bb], length=length_Bb.reshape(-1)
+        )
 
 
 @jax.tree_util.register_dataclass

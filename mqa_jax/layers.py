@@ -11,11 +11,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mqa_jax.linear import linear
 from mqa_jax.sharding import param
 
 
 class FeedForward(nnx.Module):
-    """Two products with a ReLU between them, no biases (`relu(x @ wi) @ wo`).
+    """Two products with a ReLU between them, no biases (`relu(x @ wi.T) @ wo.T`).
 
     Args:
       d_model: `D`.
@@ -34,17 +35,17 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ):
         weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
-        self.wi = weight("DF", (d_model, d_ff), fan_in=d_model)
-        self.wo = weight("FD", (d_ff, d_model), fan_in=d_ff)
+        self.wi = weight("FD", (d_ff, d_model), fan_in=d_model)
+        self.wo = weight("DF", (d_model, d_ff), fan_in=d_ff)
         self.dropout = nnx.Dropout(dropout_rate)
         self.dtype = dtype
 
     def __call__(self, x_BTD: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         """`[B, T, D]` to `[B, T, D]`; dropout where `rngs` is given."""
         x_BTD = x_BTD.astype(self.dtype)
-        x_BTF = jax.nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, self.wi[...].astype(self.dtype)))
+        x_BTF = jax.nn.relu(linear(x_BTD, self.wi[...].astype(self.dtype)))
         x_BTF = self.dropout(x_BTF, deterministic=rngs is None, rngs=rngs)
-        return jnp.einsum("BTF,FD->BTD", x_BTF, self.wo[...].astype(self.dtype))
+        return linear(x_BTF, self.wo[...].astype(self.dtype))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -104,11 +105,11 @@ class Embedding(nnx.Module):
         """`[B, T, D]` to `[B, T, V]`, float32."""
         table_VD = self.table[...].astype(self.dtype)
         x_BTD = x_BTD.astype(self.dtype) * jnp.asarray(table_VD.shape[1] ** -0.5, self.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        return linear(x_BTD, table_VD, output_dtype=jnp.float32)
 
 
 class Softmax(nnx.Module):
-    """The product that ends a model whose softmax weights are its own: `[D, V]`, no bias."""
+    """The product that ends a model whose softmax weights are its own: `[V, D]`, no bias."""
 
     def __init__(
         self,
@@ -120,12 +121,11 @@ class Softmax(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = param(
-            "DV", (d_model, vocab_size), fan_in=d_model, rngs=rngs, dtype=param_dtype
+            "VD", (vocab_size, d_model), fan_in=d_model, rngs=rngs, dtype=param_dtype
         )
         self.dtype = dtype
 
     def logits(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, V]`, float32."""
-        kernel_DV = self.kernel[...].astype(self.dtype)
-        x_BTD = x_BTD.astype(self.dtype)
-        return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        kernel_VD = self.kernel[...].astype(self.dtype)
+        return linear(x_BTD.astype(self.dtype), kernel_VD, output_dtype=jnp.float32)

@@ -15,11 +15,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from mqa_jax.attention import Attention, padding_mask, segment_mask
-from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
+from mqa_jax.attention import Attention, SelfCache, padding_mask, segment_mask
+from mqa_jax.kv_cache import CrossCache
 from mqa_jax.layers import Embedding, FeedForward, RMSNorm, Softmax
-
-SelfCache = KVCache | RingCache
 
 
 @dataclasses.dataclass(frozen=True)

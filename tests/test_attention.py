@@ -210,7 +210,8 @@ def test_module_equals_flax_with_the_same_weights(kv_heads, is_cross):
         N, D, N * H, num_kv_heads=kv_heads, use_bias=False, decode=False, rngs=nnx.Rngs(1)
     )
     for name in ("query", "key", "value", "out"):
-        weight = getattr(ours, name)[...]
+        # Flax puts the inputs first.
+        weight = jnp.moveaxis(getattr(ours, name)[...], *((0, -1) if name == "out" else (-1, 0)))
         assert weight.shape == getattr(theirs, name).kernel.shape
         getattr(theirs, name).kernel[...] = weight
     x, memory = normal(0, B, T, D), normal(1, B, S, D) if is_cross else None
@@ -241,8 +242,8 @@ def test_classes_differ_in_their_key_value_heads(make, kv_heads):
     attention = make(d_model=12, num_heads=6, rngs=nnx.Rngs(0))  # head_dim is 12 / 6
     _, state = nnx.split(attention)
     shapes = {path[0]: variable.shape for path, variable in nnx.to_flat_state(state)}
-    kv_shape = (12, kv_heads, 2)
-    expected = dict(query=(12, 6, 2), key=kv_shape, value=kv_shape, out=(6, 2, 12))
+    kv_shape = (kv_heads, 2, 12)
+    expected = dict(query=(6, 2, 12), key=kv_shape, value=kv_shape, out=(12, 6, 2))
     assert shapes == expected
     assert attention.init_cache(2, 7).key.shape == (2, kv_heads, 7, 2)
 

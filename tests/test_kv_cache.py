@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mqa_jax
-from mqa_jax import kv_cache
+from mqa_jax import decoding, kv_cache
 
 T, S, N, H, D = 7, 11, 6, 5, 13
 # The same products in another order: a few roundings, of values of about 1, in float32 and in
@@ -148,7 +148,7 @@ def test_ring_cache_does_not_grow_with_the_length():
 def test_ring_cache_puts_position_p_into_slot_p_mod_window():
     attention = module(1, window=3)
     x = normal(0, 1, 5, D)
-    key = np.einsum("TD,DH->TH", x[0], attention.key[...][:, 0])
+    key = np.einsum("TD,HD->TH", x[0], attention.key[...][0])
     _, cache = attention.prefill(x, attention.init_cache(1, 5))
     close(cache.key[0, 0], key[[3, 4, 2]])
 
@@ -262,3 +262,89 @@ CROSS = functools.partial(mqa_jax.Attention.init_cross_cache, memory_BSD=np.zero
 def test_misuse_raises(misuse, message):
     with pytest.raises(ValueError, match=message):
         misuse(module())
+
+
+# Beams
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("lengths", [(0, 0), (4, 2)])
+def test_lanes_hold_what_moved_copies_would(kv_heads, lengths):
+    """Hypotheses branch, die out and merge; the plain way copies a row of the cache each time."""
+    beam, slots, rng = 3, 9, np.random.default_rng(5)
+    attention = module(kv_heads)
+    cache = attention.init_cache(2, slots)
+    _, cache = attention.prefill(normal(0, 2, 4, D), cache, np.array(lengths))
+    lanes = decoding.expand(cache, beam)
+    copies = jax.tree.map(lambda x: jnp.repeat(x, beam, axis=0), cache)
+    for step in range(slots - max(lengths)):
+        x = normal(1 + step, 2 * beam, 1, D)
+        got, lanes = jitted(attention, "decode")(x, lanes)
+        expected, copies = jitted(attention, "decode")(x, copies)
+        close(got, expected)
+        parent_Bb = jnp.asarray(rng.integers(0, beam, (2, beam)))
+        before = lanes.key
+        lanes = decoding.reorder(lanes, parent_Bb)
+        assert lanes.key is before, "keys must stay where they are"
+        copies = jax.tree.map(
+            lambda x, p=parent_Bb: x[(np.arange(2)[:, None] * beam + p).ravel()], copies
+        )
+        np.testing.assert_array_equal(lanes.length, copies.length)
+    x = normal(99, 2 * beam, 1, D)
+    with pytest.raises(ValueError, match=f"hold {slots + 1} tokens.* room for {slots}"):
+        attention.decode(x, lanes)
+    # Under jit only the rows of the fuller batch element are lost, if only that one is full.
+    is_full = np.repeat(np.array(lengths) == max(lengths), beam)
+    got = jitted(attention, "decode")(x, lanes)[0]
+    np.testing.assert_array_equal(np.isnan(got).all(axis=(1, 2)), is_full)
+
+
+@pytest.mark.parametrize("model_type", [mqa_jax.EncoderDecoder, mqa_jax.DecoderOnly])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_beam_search_over_lanes_is_beam_search_over_copies(model_type, kv_heads):
+    config = mqa_jax.TransformerConfig(
+        vocab_size=11,
+        d_model=12,
+        d_ff=17,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        head_dim=5,
+        max_length=13,
+    )
+    model = model_type(config, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    params = jax.tree.map(lambda x: normal(x.size, *x.shape), params)
+    prompt_BP, lengths_B = jnp.array([[1, 4, 6, 9], [3, 8, 0, 0]]), jnp.array([4, 2])
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def search(params, prompt_BP, is_plain):
+        model = nnx.merge(graphdef, params)
+        rest = ()
+        if model_type is mqa_jax.EncoderDecoder:
+            rest = (model.init_cross_cache(prompt_BP, lengths_B),)
+        _, cache = model.prefill(prompt_BP, model.init_cache(2, 13), *rest, lengths_B)
+        # In a tuple the arrays have no way of their own, so the search copies their rows.
+        pack = (lambda cache: tuple(vars(x) for x in cache)) if is_plain else (lambda cache: cache)
+        unpack = (lambda cache: tuple(kv_cache.KVCache(**x) for x in cache)) if is_plain else pack
+
+        def step_fn(tokens_R, cache):
+            logits_RV, cache = model.decode(tokens_R, unpack(cache), *rest)
+            return logits_RV, pack(cache)
+
+        return mqa_jax.beam_search(
+            step_fn, pack(cache), jnp.array([2, 5]), beam_size=4, max_new_tokens=9, eos_id=7
+        )
+
+    got, expected = search(params, prompt_BP, False), search(params, prompt_BP, True)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.length, expected.length)
+    close(got.score, expected.score)
+    assert got.steps > 3
+
+
+def test_a_chunk_for_beams_is_refused():
+    attention = module()
+    cache = attention.init_cache(2, 5).expand(3)
+    with pytest.raises(ValueError, match="one token a row, not T=2"):
+        attention.prefill(normal(0, 6, 2, D), cache)

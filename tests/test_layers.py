@@ -22,14 +22,14 @@ def x_BTD(dtype=jnp.float32):
 def test_feed_forward_is_two_products_with_a_relu_between():
     layer = FeedForward(D, F, rngs=nnx.Rngs(0))
     wi, wo = np.asarray(layer.wi[...]), np.asarray(layer.wo[...])
-    expected = np.maximum(np.asarray(x_BTD()) @ wi, 0) @ wo
+    expected = np.maximum(np.asarray(x_BTD()) @ wi.T, 0) @ wo.T
     np.testing.assert_allclose(layer(x_BTD()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_feed_forward_drops_behind_the_relu_where_rngs_are_given():
     layer = FeedForward(D, F, dropout_rate=0.5, rngs=nnx.Rngs(0))
-    layer.wi[...] = jnp.ones((D, F))
-    layer.wo[...] = jnp.zeros((F, D)).at[0, 0].set(1.0)
+    layer.wi[...] = jnp.ones((F, D))
+    layer.wo[...] = jnp.zeros((D, F)).at[0, 0].set(1.0)
     x = jnp.ones((B, 50, D))
     np.testing.assert_allclose(layer(x)[..., 0], D)
     # A unit is left out, or counts twice.
@@ -70,8 +70,8 @@ def test_tied_logits_are_the_product_with_the_table_over_the_root_of_d():
 
 def test_softmax_has_a_matrix_of_its_own():
     softmax = Softmax(D, V, rngs=nnx.Rngs(0))
-    assert softmax.kernel.shape == (D, V)
-    expected = np.asarray(x_BTD()) @ np.asarray(softmax.kernel[...])
+    assert softmax.kernel.shape == (V, D)
+    expected = np.asarray(x_BTD()) @ np.asarray(softmax.kernel[...]).T
     np.testing.assert_allclose(softmax.logits(x_BTD()), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -114,8 +114,8 @@ def test_logits_by_hand_are_not_rounded_to_bfloat16(layer):
 @pytest.mark.parametrize(
     ("make", "weights"),
     [  # axes and standard deviation of each weight, for sizes 41 and 59
-        (FeedForward, dict(wi=("DF", 41**-0.5), wo=("FD", 59**-0.5))),
-        (Softmax, dict(kernel=("DV", 41**-0.5))),
+        (FeedForward, dict(wi=("FD", 41**-0.5), wo=("DF", 59**-0.5))),
+        (Softmax, dict(kernel=("VD", 41**-0.5))),
         (Embedding, dict(table=("VD", 1.0))),
         (functools.partial(Embedding, axes="PD"), dict(table=("PD", 1.0))),
     ],

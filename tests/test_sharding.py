@@ -41,11 +41,11 @@ def test_mesh_that_does_not_use_all_devices_is_refused(sizes):
 @pytest.mark.parametrize(
     ("axes", "shape", "spec"),
     [
-        ("DNH", (16, 4, 6), PartitionSpec("fsdp", "tensor", None)),
-        ("DKH", (16, 2, 6), PartitionSpec("fsdp", "tensor", None)),
-        ("DKH", (16, 1, 6), PartitionSpec("fsdp", None, None)),
         ("NHD", (4, 6, 16), PartitionSpec("tensor", None, "fsdp")),
-        ("DF", (16, 24), PartitionSpec("fsdp", "tensor")),
+        ("KHD", (2, 6, 16), PartitionSpec("tensor", None, "fsdp")),
+        ("KHD", (1, 6, 16), PartitionSpec(None, None, "fsdp")),
+        ("DNH", (16, 4, 6), PartitionSpec("fsdp", "tensor", None)),
+        ("FD", (24, 16), PartitionSpec("tensor", "fsdp")),
         ("VD", (40, 16), PartitionSpec("tensor", "fsdp")),
         ("PD", (11, 16), PartitionSpec(None, "fsdp")),
         ("BT", (8, 5), PartitionSpec(("data", "fsdp"), None)),
@@ -59,8 +59,8 @@ def test_rules_turn_letters_into_mesh_axes(axes, shape, spec):
 
 
 def test_an_axis_that_does_not_divide_is_refused_by_name_and_size():
-    with pytest.raises(ValueError, match=r"axis F of DF\(16, 25\) has size 25, which the 2 parts"):
-        ShardingRules().sharding(make_mesh(2, 2, 2), "DF", (16, 25))
+    with pytest.raises(ValueError, match=r"axis F of FD\(25, 16\) has size 25, which the 2 parts"):
+        ShardingRules().sharding(make_mesh(2, 2, 2), "FD", (25, 16))
 
 
 def test_every_large_weight_names_its_axes():
@@ -107,10 +107,10 @@ def test_attention_weights_split_and_key_value_heads_only_where_they_divide(
     attention = nnx.eval_shape(lambda: Attention(16, 4, num_kv_heads, 5, rngs=nnx.Rngs(0)))
     mesh = make_mesh(*sizes)
     specs = dict(
-        query=PartitionSpec("fsdp", "tensor", None),
-        key=PartitionSpec("fsdp", kv_heads_axis, None),
-        value=PartitionSpec("fsdp", kv_heads_axis, None),
-        out=PartitionSpec("tensor", None, "fsdp"),
+        query=PartitionSpec("tensor", None, "fsdp"),
+        key=PartitionSpec(kv_heads_axis, None, "fsdp"),
+        value=PartitionSpec(kv_heads_axis, None, "fsdp"),
+        out=PartitionSpec("fsdp", "tensor", None),
     )
     shardings = dict(nnx.to_flat_state(ShardingRules().params(mesh, nnx.state(attention))))
     assert shardings.keys() == {(name,) for name in specs}

@@ -1,0 +1,75 @@
+"""The product of activations with a weight, in the form that is fast for one row and for many.
+
+Weights are output-major, `[*outputs, *inputs]`: each output is then the product of one contiguous
+row of the weight with a token's vector. For a training batch that is as good as the transpose. A
+decode step is bound by reading the weights, and on a CPU only this order of axes, and this order of
+operands, reads them as fast as the memory gives them (docs/decisions.md has the figures).
+
+Array letters: R rows (tokens)   O outputs   I inputs
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+# Up to here a product is bound by reading the weight; it costs nothing to transpose the output.
+FEW_ROWS = 64
+
+
+def linear(
+    x: Array, weight: Array, *, num_inputs: int = 1, output_dtype: DTypeLike | None = None
+) -> Array:
+    """Contracts the last `num_inputs` axes of `x` with those of `weight`.
+
+    Args:
+      x: `[..., *inputs]`.
+      weight: `[*outputs, *inputs]`, of the dtype of `x`.
+      num_inputs: how many axes are contracted.
+      output_dtype: that of `x` when None; the sums are kept in it at least.
+
+    Returns:
+      `[..., *outputs]`.
+    """
+    output_dtype = jnp.dtype(output_dtype or x.dtype)
+    if math.prod(x.shape[: x.ndim - num_inputs]) <= FEW_ROWS:
+        return _few_rows(x, weight, num_inputs, output_dtype)
+    return _dot(x, weight, num_inputs, output_dtype)
+
+
+def _dot(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype) -> Array:
+    axes = tuple(tuple(range(array.ndim - num_inputs, array.ndim)) for array in (x, weight))
+    return lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=output_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _few_rows(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype) -> Array:
+    on_cpu = functools.partial(_dot_on_cpu, num_inputs=num_inputs, output_dtype=output_dtype)
+    elsewhere = functools.partial(_dot, num_inputs=num_inputs, output_dtype=output_dtype)
+    return lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
+
+
+def _dot_on_cpu(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype) -> Array:
+    leading, outputs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
+    x_RI = x.reshape(math.prod(leading), -1)
+    weight_OI = weight.reshape(math.prod(outputs), -1)
+    if len(x_RI) > 1:
+        # The barrier keeps XLA from turning the transposed product back into `x @ weight.T`, for
+        # which its CPU library first copies the whole weight into another order.
+        product_OR = lax.dot_general(
+            weight_OI, x_RI, (((1,), (1,)), ((), ())), preferred_element_type=output_dtype
+        )
+        product_RO = lax.optimization_barrier(product_OR).T
+    elif x.dtype == jnp.bfloat16:
+        # None of XLA's matrix-vector products on a CPU reads bfloat16 at more than 2 GB/s. The
+        # barrier ties the weight to the step, so that it is not widened once, before a loop.
+        x_RI, weight_OI = lax.optimization_barrier((x_RI, weight_OI))
+        product_RO = jnp.sum(
+            weight_OI.astype(jnp.float32) * x_RI.astype(jnp.float32), axis=1
+        ).astype(output_dtype)[None]
+    else:
+        product_RO = _dot(x_RI, weight_OI, 1, output_dtype)
+    return product_RO.reshape(*leading, *outputs)
