@@ -144,6 +144,32 @@ def _attend(
     return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
 
 
+def _attend_to_cache(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask_B1TS: Array,
+    end_B: Array | None = None,
+) -> Array:
+    """As `_attend`, with a kernel of its own for few queries on a GPU, which has no gradient.
+
+    Where the mask shows nothing but the first slots of each row, `end_B` says how many.
+    """
+    if jax.default_backend() == "gpu":
+        from mqa_jax import flash_decode  # Pallas takes its time to import.
+
+        if flash_decode.is_supported(query_BTNH, key_BKSH):
+            return flash_decode.flash_decode(
+                query_BTNH,
+                key_BKSH,
+                value_BKSH,
+                mask_BTS=mask_B1TS[:, 0] if end_B is None else None,
+                end_B=end_B,
+                scale=query_BTNH.shape[-1] ** -0.5,
+            )
+    return _attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
+
+
 # A multi-head decode step has one query for each row of keys, so there is nothing for a matrix
 # product to reuse. As a sum it is one pass over the cache on every device; as a product it crawls
 # on a CPU, in bfloat16 above all. The barriers tie the cache to the step: XLA would otherwise widen
@@ -357,7 +383,9 @@ class Attention(nnx.Module):
             key_BTKH, value_BTKH, lengths_B
         )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
-        output_BTNH = _attend(query_BTNH, key_BKSH, value_BKSH, mask)
+        # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
+        end_B = jnp.minimum(cache.length, key_BKSH.shape[2]) if length == 1 else None
+        output_BTNH = _attend_to_cache(query_BTNH, key_BKSH, value_BKSH, mask, end_B)
         is_lost_B = (overflow_B | is_wrong_B)[:, None, None, None]
         output_BTNH = jnp.where(is_lost_B, jnp.nan, output_BTNH)
         return self._output(output_BTNH), cache
@@ -373,7 +401,7 @@ class Attention(nnx.Module):
             for weight in (self.query, self.key, self.value)
         )
         cache, key_BKSH, value_BKSH, mask, overflow_Bb = cache.append(key_BbKH, value_BbKH)
-        output_BbNH = _attend(query_BbNH, key_BKSH, value_BKSH, mask)
+        output_BbNH = _attend_to_cache(query_BbNH, key_BKSH, value_BKSH, mask)
         output_BbNH = jnp.where(overflow_Bb[:, :, None, None], jnp.nan, output_BbNH)
         return self._output(output_BbNH).reshape(rows, 1, -1), cache
 
@@ -408,7 +436,7 @@ class Attention(nnx.Module):
         x_BTD = x_BTD.reshape(batch, rows // batch * length, d_model)
         query_BTNH = self._project(x_BTD, self.query)
         mask = cache.mask[:, None, None, :]
-        output_BTD = self._output(_attend(query_BTNH, cache.key, cache.value, mask))
+        output_BTD = self._output(_attend_to_cache(query_BTNH, cache.key, cache.value, mask))
         return output_BTD.reshape(rows, length, d_model), cache
 
     def _project(self, x: Array, weight: nnx.Param, num_inputs: int = 1) -> Array:

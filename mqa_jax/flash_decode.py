@@ -1,0 +1,226 @@
+"""Attention of a few queries to a long cache, as one GPU kernel (Pallas on Triton).
+
+XLA writes the logits and the weights to memory between its products, and its kernels leave much of
+a GPU idle when a batch is small. Here the logits never leave a multiprocessor (the softmax is kept
+running: Dao et al. 2022), and a cache is cut into splits that are attended to side by side where
+the batch alone does not fill the GPU.
+
+Array letters:
+  B batch   T queries   N query heads   K key/value heads   G heads per key/value head   H head dim
+  S slots   R rows of a program, T * G   C splits
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+# A product on tensor cores has 16 rows at least, and no more than this fit beside the keys.
+MIN_ROWS, MAX_ROWS = 16, 64
+
+# Two programs for each of the 132 multiprocessors of a large GPU, in powers of two; more splits
+# than that only add partial results to combine.
+PROGRAMS = 256
+
+LEAST = -1e30  # In place of minus infinity, whose difference with itself is not a number.
+
+
+def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
+    """Whether there is a kernel for queries and a cache of these shapes, on this machine."""
+    _, length, num_heads, head_dim = query_BTNH.shape
+    return (
+        jax.default_backend() == "gpu"
+        # XLA would gather a sharded cache on every device: it cannot take a kernel apart.
+        and jax.device_count() == 1
+        and length * num_heads // key_BKSH.shape[1] <= MAX_ROWS
+        and 16 <= head_dim <= 256
+        and head_dim & (head_dim - 1) == 0
+    )
+
+
+def flash_decode(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    *,
+    mask_BTS: Array | None = None,
+    end_B: Array | None = None,
+    scale: float,
+    block: int | None = None,
+    splits: int | None = None,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    interpret: bool = False,
+) -> Array:
+    """What `dot_product_attention` gives for the same arguments, but without a gradient.
+
+    Args:
+      query_BTNH: queries, `T * N / K` of them at most `MAX_ROWS`.
+      key_BKSH: keys in cache layout.
+      value_BKSH: values in cache layout.
+      mask_BTS: bool, True = attend; with `T = 1` for all queries alike. A query that may attend
+        to nothing yields zeros.
+      end_B: int32, only the first `end_B[b]` slots are read and attended to.
+      scale: what the logits are multiplied by.
+      block: slots that a program reads at a time, a power of two; chosen from the shape when None.
+      splits: programs for each key/value head of each batch element; likewise.
+      num_warps: of a program.
+      num_stages: blocks that are on their way from memory at a time.
+      interpret: run without a GPU, slowly.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of the queries.
+    """
+    batch, length, num_heads, head_dim = query_BTNH.shape
+    _, num_kv_heads, slots, _ = key_BKSH.shape
+    rows = length * num_heads // num_kv_heads
+    if splits is None:
+        splits = _splits(batch * num_kv_heads, slots)
+    if block is None:
+        block = 64 if splits == 1 else 128
+    if end_B is None:
+        end_B = jnp.full(batch, slots)
+    block = min(block, max(16, pl.next_power_of_2(slots)))
+    split_slots = pl.cdiv(pl.cdiv(slots, splits), block) * block
+    splits = pl.cdiv(slots, split_slots)
+
+    query_BKRH = jnp.moveaxis(
+        query_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim), 1, 2
+    ).reshape(batch, num_kv_heads, rows, head_dim)
+    kernel = functools.partial(
+        _kernel,
+        scale=scale,
+        block=block,
+        split_slots=split_slots,
+        slots=slots,
+        rows=rows,
+    )
+    per_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, k, c: (b, k, 0, 0))  # noqa: E731
+    partial = lambda *shape: pl.BlockSpec(  # noqa: E731
+        (None, None, None, *shape), lambda b, k, c: (b, k, c) + (0,) * len(shape)
+    )
+    leading = (batch, num_kv_heads, splits)
+    padded = max(MIN_ROWS, pl.next_power_of_2(rows))
+    output_dtype = query_BTNH.dtype if splits == 1 else jnp.float32
+    output_BKCRH, largest_BKCR, total_BKCR = pl.pallas_call(
+        kernel,
+        grid=leading,
+        in_specs=[
+            per_head(padded, head_dim),
+            per_head(slots, head_dim),
+            per_head(slots, head_dim),
+            pl.BlockSpec((None,), lambda b, k, c: (b,)),
+            mask_BTS
+            if mask_BTS is None
+            else pl.BlockSpec((None, *mask_BTS.shape[1:]), lambda b, k, c: (b, 0, 0)),
+        ],
+        out_specs=[partial(padded, head_dim), partial(padded), partial(padded)],
+        out_shape=[
+            jax.ShapeDtypeStruct((*leading, rows, head_dim), output_dtype),
+            jax.ShapeDtypeStruct((*leading, rows), jnp.float32),
+            jax.ShapeDtypeStruct((*leading, rows), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name="flash_decode",
+    )(
+        query_BKRH,
+        key_BKSH,
+        value_BKSH,
+        end_B.astype(jnp.int32),
+        mask_BTS if mask_BTS is None else mask_BTS.astype(jnp.int8),
+    )
+
+    if splits == 1:
+        output_BKRH = output_BKCRH[:, :, 0]
+    else:
+        share_BKCR = total_BKCR * jnp.exp(
+            largest_BKCR - jnp.max(largest_BKCR, axis=2, keepdims=True)
+        )
+        all_BK1R = jnp.sum(share_BKCR, axis=2, keepdims=True)
+        share_BKCR /= jnp.where(all_BK1R == 0, 1, all_BK1R)
+        output_BKRH = jnp.sum(output_BKCRH * share_BKCR[..., None], axis=2)
+    output_BKTGH = output_BKRH.reshape(batch, num_kv_heads, length, -1, head_dim)
+    return jnp.moveaxis(output_BKTGH, 2, 1).reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+
+
+def _splits(heads: int, slots: int) -> int:
+    """As many as fill the GPU, each of 256 slots at least, and not too many to combine."""
+    splits = 1
+    while heads * splits < PROGRAMS and splits < 128 and splits * 512 <= slots:
+        splits *= 2
+    return splits
+
+
+def _kernel(
+    query_ref,  # [R, H], padded to a power of two, as are the outputs
+    key_ref,  # [S, H]
+    value_ref,  # [S, H]
+    end_ref,  # [], no slot from here on is seen
+    mask_ref,  # [T, S] int8, or None
+    output_ref,  # [R, H]
+    largest_ref,  # [R]
+    total_ref,  # [R]
+    *,
+    scale: float,
+    block: int,
+    split_slots: int,
+    slots: int,
+    rows: int,
+):
+    padded, head_dim = query_ref.shape
+    row_R = jnp.arange(padded)
+    is_row_R = row_R < rows
+    length = 1 if mask_ref is None else mask_ref.shape[0]
+    query_RH = triton.load(query_ref, mask=is_row_R[:, None], other=0)
+    first = pl.program_id(2) * split_slots
+    end = jnp.minimum(end_ref[()], first + split_slots)
+
+    def attend(i, carry):
+        output_RH, largest_R, total_R = carry
+        start = first + i * block
+        at = pl.ds(start, block)
+        slot_S = start + jnp.arange(block)
+        is_slot_S = slot_S < slots
+        mask_S1 = None if slots % block == 0 else is_slot_S[:, None]
+        other = None if mask_S1 is None else 0
+        key_SH = triton.load(key_ref.at[at, :], mask=mask_S1, other=other)
+        is_seen_RS = (slot_S < end)[None]
+        if mask_ref is not None:
+            # A mask of one query serves all rows.
+            query_R = row_R * length // rows if length > 1 else jnp.zeros(1, jnp.int32)
+            is_seen_RS &= (
+                triton.load(
+                    mask_ref.at[query_R[:, None], slot_S[None]],
+                    mask=is_slot_S[None] & (query_R < length)[:, None],
+                    other=0,
+                )
+                != 0
+            )
+        logits_RS = triton.dot(query_RH, key_SH.T) * scale
+        logits_RS = jnp.where(is_seen_RS, logits_RS, LEAST)
+        new_largest_R = jnp.maximum(largest_R, jnp.max(logits_RS, axis=1))
+        weights_RS = jnp.where(is_seen_RS, jnp.exp(logits_RS - new_largest_R[:, None]), 0.0)
+        shrink_R = jnp.exp(largest_R - new_largest_R)
+        value_SH = triton.load(value_ref.at[at, :], mask=mask_S1, other=other)
+        added_RH = triton.dot(weights_RS.astype(value_SH.dtype), value_SH)
+        return (
+            output_RH * shrink_R[:, None] + added_RH,
+            new_largest_R,
+            total_R * shrink_R + jnp.sum(weights_RS, axis=1),
+        )
+
+    carry = (
+        jnp.zeros((padded, head_dim), jnp.float32),
+        jnp.full(padded, LEAST, jnp.float32),
+        jnp.zeros(padded, jnp.float32),
+    )
+    blocks = jnp.maximum(end - first + block - 1, 0) // block
+    output_RH, largest_R, total_R = lax.fori_loop(0, blocks, attend, carry)
+    output_RH /= jnp.where(total_R == 0, 1, total_R)[:, None]
+    triton.store(output_ref, output_RH.astype(output_ref.dtype), mask=is_row_R[:, None])
+    triton.store(largest_ref, largest_R, mask=is_row_R)
+    triton.store(total_ref, total_R, mask=is_row_R)
