@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart figures test test-slow lint clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,10 @@ quickstart: $(INSTALLED)
 	@paste -d '|' $(WORKDIR)/test.en.txt $(WORKDIR)/test.out.txt | head -n 10 | sed 's/|/  ->  /'
 	$(BIN)/python decode.py --benchmark --config=configs/quickstart.py --batch_sizes=32 \
 	  --context_lengths=512 --output_dir=$(WORKDIR)
+
+# The README's picture and table, and the others, from the last run that was kept: measures nothing.
+figures: $(INSTALLED)
+	$(BIN)/python -m mqa_jax.report docs/benchmark.json docs --readme=README.md
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"

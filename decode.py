@@ -1,7 +1,7 @@
 """Decodes with a trained model, or measures what decoding costs:
 
 python decode.py --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
-python decode.py --benchmark --config=configs/wmt14.py [--variants=a,b] --output_dir=DIR
+python decode.py --benchmark --config=configs/wmt14.py [--quick] --output_dir=DIR
 
 A translation model translates each line; a language model continues it.
 """
@@ -17,7 +17,8 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import ConfigDict, config_flags
 
-from mqa_jax import TransformerConfig, beam_search, benchmark, greedy, sample
+from mqa_jax import TransformerConfig, beam_search, benchmark, greedy, plots, report, sample
+from mqa_jax.cost import SEARCHES
 from mqa_jax.generate import LineDecoder, Search
 from mqa_jax.training import MODELS, build_model
 
@@ -39,26 +40,38 @@ SEED = flags.DEFINE_integer("seed", 0, "For --sample.")
 
 BENCHMARK = flags.DEFINE_bool("benchmark", False, "Measure --config with random weights.")
 CONFIG = config_flags.DEFINE_config_file("config", help_string="For --benchmark.")
+QUICK = flags.DEFINE_bool(
+    "quick", False, "For --benchmark: two variants at one size, where no flag says otherwise."
+)
 VARIANTS = flags.DEFINE_list(
     "variants",
     ["multi_head", "multi_query", "multi_head_local", "multi_query_local"],
     "For --benchmark.",
 )
+SEARCH_NAMES = flags.DEFINE_list(
+    "searches", ["greedy"], f"For --benchmark: of {','.join(SEARCHES)}."
+)
+DTYPES = flags.DEFINE_list("dtypes", [], "For --benchmark; by default the config's.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["8"], "For --benchmark.")
-CONTEXT_LENGTHS = flags.DEFINE_list("context_lengths", ["128"], "For --benchmark.")
-OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "For --benchmark: where the JSON goes.")
+CONTEXT_LENGTHS = flags.DEFINE_list(
+    "context_lengths", ["128", "512"], "For --benchmark: tokens of source and of target."
+)
+REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "For --benchmark: runs, of which the median counts.", lower_bound=1
+)
+COMPARE = flags.DEFINE_enum("compare", None, ["paper"], "For --benchmark: against these figures.")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "For --benchmark: where JSON and pictures go.")
 
 
-def main(_) -> None:
+def main(_) -> int | None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
     if BENCHMARK.value:
         if CONFIG.value is None or OUTPUT_DIR.value is None:
             raise app.UsageError("--benchmark needs --config and --output_dir")
-        run_benchmark(Path(OUTPUT_DIR.value))
-    elif WORKDIR.value is None:
+        return run_benchmark(Path(OUTPUT_DIR.value))
+    if WORKDIR.value is None:
         raise app.UsageError("give --workdir to decode, or --benchmark")
-    else:
-        decode_text(Path(WORKDIR.value))
+    decode_text(Path(WORKDIR.value))
 
 
 def decode_text(workdir: Path) -> None:
@@ -104,7 +117,7 @@ def decode_text(workdir: Path) -> None:
         if OUTPUT.value != "-":
             file = stack.enter_context(open(OUTPUT.value, "w", encoding="utf-8", newline="\n"))
         file.writelines(f"{line}\n" for line in outputs)
-    report(decoder, len(lines), unended)
+    print_stats(decoder, len(lines), unended)
     if references is not None:
         score, signature = bleu(outputs, references)
         print(f"BLEU {score:.2f}  ({signature})", file=sys.stderr)
@@ -142,7 +155,7 @@ def build_search(eos_id: int) -> Search:
     return functools.partial(greedy, eos_id=eos_id)
 
 
-def report(decoder: LineDecoder, lines: int, unended: int) -> None:
+def print_stats(decoder: LineDecoder, lines: int, unended: int) -> None:
     stats = decoder.stats
     print(
         f"{lines} lines, {stats.tokens} tokens in {stats.decode_seconds:.1f} s: "
@@ -158,28 +171,44 @@ def report(decoder: LineDecoder, lines: int, unended: int) -> None:
         )
 
 
-def run_benchmark(output_dir: Path) -> None:
+# What --quick measures: under a minute on two cores at the size of the paper.
+QUICK_FLAGS = dict(variants=["multi_head", "multi_query"], context_lengths=["128"], repeats=3)
+
+
+def run_benchmark(output_dir: Path) -> int:
+    """Returns the exit status: 130, as the shell has it, after an interrupt."""
+    for name, value in QUICK_FLAGS.items() if QUICK.value else ():
+        if not flags.FLAGS[name].present:
+            flags.FLAGS[name].value = value
+    configs = {variant: variant_config(variant) for variant in VARIANTS.value}
+    if COMPARE.value and getattr(configs.get("multi_head"), "task", None) != "translation":
+        raise app.UsageError("--compare=paper needs a --config that translates, and multi_head")
+    costs = benchmark.sweep(
+        {
+            variant: (MODELS[config.task], TransformerConfig(**config.model))
+            for variant, config in configs.items()
+        },
+        batch_sizes=integers(BATCH_SIZES),
+        context_lengths=integers(CONTEXT_LENGTHS),
+        dtypes=DTYPES.value,
+        searches=SEARCH_NAMES.value,
+        repeats=REPEATS.value,
+    )
     output_dir.mkdir(parents=True, exist_ok=True)
-    costs = []
-    for variant in VARIANTS.value:
-        config = variant_config(variant)
-        for batch in map(int, BATCH_SIZES.value):
-            for context_length in map(int, CONTEXT_LENGTHS.value):
-                print(f"{variant}, batch {batch}, context {context_length}", file=sys.stderr)
-                cost = benchmark.measure(
-                    variant,
-                    MODELS[config.task],
-                    TransformerConfig(**config.model),
-                    batch=batch,
-                    context_length=context_length,
-                )
-                costs.append(cost)
-    benchmark.save(costs, output_dir / "benchmark.json")
-    benchmark.print_table(costs)
-    if len(CONTEXT_LENGTHS.value) > 1:
-        for batch in map(int, BATCH_SIZES.value):
-            path = output_dir / f"step_cost_batch_{batch}.png"
-            benchmark.plot([cost for cost in costs if cost.batch == batch], path)
+    run = report.record(costs, benchmark.describe(), output_dir / "benchmark.json")
+    if run.costs:
+        report.print_table(run)
+        plots.draw(run.costs, run.about, output_dir)
+        if COMPARE.value and any(cost.variant == "multi_head" for cost in run.costs):
+            report.print_comparison(run)
+    return 0 if run.is_complete else 130
+
+
+def integers(flag: flags.FlagHolder) -> list[int]:
+    try:
+        return [int(text) for text in flag.value]
+    except ValueError:
+        raise app.UsageError(f"--{flag.name} takes whole numbers, not {flag.value}") from None
 
 
 def variant_config(variant: str) -> ConfigDict:

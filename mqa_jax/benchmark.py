@@ -1,273 +1,336 @@
-"""What a decode step costs: each attention variant, random weights, on the device at hand.
+"""What decoding costs: each attention variant, random weights, on the device at hand.
 
-Array letters: B batch   C context length
+`sweep` measures; `mqa_jax.roofline` says what a step must read and compute and what the device can
+do; `mqa_jax.report` writes it down and draws it.
+
+Array letters: B batch   C context length   b beam   R rows, B * b
 """
 
 import dataclasses
 import datetime
 import functools
-import json
+import itertools
 import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
+import jaxlib
+import numpy as np
 from flax import nnx
-from jax import Array
-from rich.console import Console
-from rich.table import Table
+from jax import Array, lax
 
-from mqa_jax.decoding import greedy
+from mqa_jax.cost import BEAM_SIZE, SEARCHES, Cost
+from mqa_jax.decoding import beam_search, expand, greedy, reorder
 from mqa_jax.generate import Model
-from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
+from mqa_jax.roofline import (
+    Roofline,
+    abstract_caches,
+    check_memory,
+    expanded,
+    kv_bytes,
+    probe,
+    step_flops,
+    weight_bytes,
+)
+from mqa_jax.timing import milliseconds, timed
 from mqa_jax.transformer import EncoderDecoder, TransformerConfig
 
-# Times of a few steps are subtracted from times of more, so that what a call costs once (moving the
-# caches into the loop, above all) does not count as part of a step.
-FEW_STEPS, MORE_STEPS = 4, 28
-
-LONG_SECONDS = 5.0
+# What a call costs once is spread over so many steps; a short context has room for fewer.
+STEPS = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a variant costs at one batch and context length.
-
-    Attributes:
-      variant: its name.
-      dtype: of weights, activations and caches.
-      batch: rows decoded at once.
-      context_length: source tokens, and slots of the target's cache (all of which a step reads).
-      parameters: of the whole model.
-      encode_ms: encoding the batch and projecting it for all layers; None for a decoder alone.
-      step_ms: one greedy step inside the on-device loop, median of the runs.
-      step_ms_min: the fastest run.
-      step_ms_max: the slowest run.
-      encode_us_per_token: `encode_ms` an output token, there being as many as source tokens.
-      step_us_per_token: `step_ms` an output token.
-      weight_bytes: read by a step.
-      kv_bytes: of the self- and cross-attention caches, read by a step.
-      compile_seconds: of all programs that were measured.
-    """
-
-    variant: str
-    dtype: str
-    batch: int
-    context_length: int
-    parameters: int
-    encode_ms: float | None
-    step_ms: float
-    step_ms_min: float
-    step_ms_max: float
-    encode_us_per_token: float | None
-    step_us_per_token: float
-    weight_bytes: int
-    kv_bytes: int
-    compile_seconds: float
-
-
-def measure(
-    variant: str,
-    model_type: Callable[..., Model],
-    config: TransformerConfig,
+def sweep(
+    models: Mapping[str, tuple[Callable[..., Model], TransformerConfig]],
     *,
-    batch: int,
-    context_length: int,
+    batch_sizes: Sequence[int],
+    context_lengths: Sequence[int],
+    dtypes: Sequence[str] = (),
+    searches: Sequence[str] = ("greedy",),
     repeats: int = 5,
-) -> Cost:
-    """Measures one variant with random weights.
+) -> Iterator[Cost]:
+    """Measures every variant with every search, dtype, batch and context length.
 
     Args:
-      variant: what to call it.
-      model_type: `EncoderDecoder` or `DecoderOnly`.
-      config: its size; weights are made in `config.dtype`, the positions that the context needs
-        are added.
-      batch: `B`.
-      context_length: `C`, more than 28, the number of steps that are run.
-      repeats: runs, of which the median is taken.
+      models: by variant, `EncoderDecoder` or `DecoderOnly` and its size, to which the positions
+        that the contexts need are added. Weights are random.
+      batch_sizes: `B`.
+      context_lengths: `C`, at least 2: a step runs behind at least one token.
+      dtypes: of weights, activations and caches; each config's `dtype` when empty.
+      searches: of `SEARCHES`.
+      repeats: runs of which the median is taken, after one that does not count.
+
+    Yields:
+      a row as soon as it has been measured.
 
     Raises:
-      ValueError: `batch` or `repeats` below 1, or a context too short.
+      ValueError: on the first row, an argument that cannot be measured, or a size that does not fit
+        into memory: nothing has been measured then.
+      RuntimeError: something was compiled while it was measured.
     """
-    if batch < 1 or repeats < 1:
-        raise ValueError(f"batch and repeats must be at least 1, not {batch} and {repeats}")
-    if context_length <= MORE_STEPS:
+    _check(models, batch_sizes, context_lengths, dtypes, searches, repeats)
+    sizes = list(itertools.product(batch_sizes, context_lengths))
+    plans = []
+    for dtype, (variant, (model_type, config)) in itertools.product(
+        dtypes or [None], models.items()
+    ):
+        dtype = dtype or config.dtype
+        max_length = max(config.max_length, *context_lengths)
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, max_length=max_length)
+        make = functools.partial(model_type, config)
+        model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+        for batch, context_length in sizes:
+            beam_size = BEAM_SIZE if "beam" in searches else 1
+            check_memory(variant, model, batch, context_length, beam_size)
+        plans.append((variant, dtype, make))
+
+    rooflines = {}
+    for variant, dtype, make in plans:
+        if dtype not in rooflines:
+            rooflines[dtype] = probe(dtype)
+        model = make(rngs=nnx.Rngs(0))
+        for batch, context_length in sizes:
+            bench = _Bench(model, batch, context_length, repeats)
+            for search in searches:
+                yield bench.cost(variant, search, rooflines[dtype])
+            del bench  # There may be no room for its caches beside the next ones.
+        del model
+
+
+def _check(models, batch_sizes, context_lengths, dtypes, searches, repeats) -> None:
+    if not (models and batch_sizes and context_lengths and searches):
         raise ValueError(
-            f"context_length={context_length} is too short: {MORE_STEPS} steps are run in it"
+            "nothing to measure: give at least one variant, batch size, context length and search"
         )
-    config = dataclasses.replace(
-        config, max_length=max(config.max_length, context_length), param_dtype=config.dtype
-    )
-    model = model_type(config, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
-    is_translation = isinstance(model, EncoderDecoder)
-    compile_seconds = 0.0
-
-    def compiled(function, *args):
-        nonlocal compile_seconds
-        start = time.perf_counter()
-        program = jax.jit(function).lower(*args).compile()
-        compile_seconds += time.perf_counter() - start
-        return program
-
-    encode_ms = None
-    context = ()
-    if is_translation:
-        source_BC = jnp.zeros((batch, context_length), jnp.int32)
-
-        def encode(params, source_BC: Array):
-            return nnx.merge(graphdef, params).init_cross_cache(source_BC)
-
-        run_encode = compiled(encode, params, source_BC)
-        # A long encoding is measured once: a run beside it that does not count is seconds as well.
-        seconds = [_seconds(run_encode, params, source_BC)]
-        if seconds[0] < LONG_SECONDS:
-            seconds = [_seconds(run_encode, params, source_BC) for _ in range(repeats)]
-        encode_ms = 1e3 * statistics.median(seconds)
-        context = (run_encode(params, source_BC),)
-
-    # All but the steps to be run have been decoded already.
-    cache = tuple(
-        dataclasses.replace(layer, length=layer.length + (context_length - MORE_STEPS))
-        for layer in model.init_cache(batch, context_length)
-    )
-    tokens_B = jnp.zeros(batch, jnp.int32)
-
-    def decode(steps: int, params, cache, context, tokens_B: Array) -> Array:
-        model = nnx.merge(graphdef, params)
-        step_fn = lambda tokens_B, cache: model.decode(tokens_B, cache, *context)  # noqa: E731
-        return greedy(step_fn, cache, tokens_B, max_new_tokens=steps).tokens
-
-    args = (params, cache, context, tokens_B)
-    few = compiled(functools.partial(decode, FEW_STEPS), *args)
-    more = compiled(functools.partial(decode, MORE_STEPS), *args)
-    _seconds(few, *args)
-    _seconds(more, *args)
-    differences = [_seconds(more, *args) - _seconds(few, *args) for _ in range(repeats)]
-    step_ms = sorted(1e3 * seconds / (MORE_STEPS - FEW_STEPS) for seconds in differences)
-    median_ms = statistics.median(step_ms)
-    return Cost(
-        variant=variant,
-        dtype=config.dtype,
-        batch=batch,
-        context_length=context_length,
-        parameters=sum(x.size for x in jax.tree.leaves(params)),
-        encode_ms=encode_ms,
-        step_ms=median_ms,
-        step_ms_min=step_ms[0],
-        step_ms_max=step_ms[-1],
-        encode_us_per_token=encode_ms and 1e3 * encode_ms / (batch * context_length),
-        step_us_per_token=1e3 * median_ms / batch,
-        weight_bytes=step_weight_bytes(model),
-        kv_bytes=kv_bytes((cache, context)),
-        compile_seconds=compile_seconds,
-    )
+    if min(batch_sizes) < 1 or repeats < 1:
+        raise ValueError(
+            f"batch sizes and repeats must be at least 1, not {list(batch_sizes)} and {repeats}"
+        )
+    if min(context_lengths) < 2:
+        raise ValueError(
+            f"a context length of {min(context_lengths)} is too short: it must be at least 2, one "
+            "token in the cache and one step behind it"
+        )
+    for search in searches:
+        if search not in SEARCHES:
+            raise ValueError(f"search {search!r} is not one of {list(SEARCHES)}")
+    for dtype in dtypes:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
 
 
-def step_weight_bytes(model: Model) -> int:
-    """Bytes of the weights that a decode step reads.
-
-    Not read are the encoder, the projections of its output (done once), and of the embedding
-    tables all but a row a token; a table that is the softmax matrix as well is read whole.
-    """
-    read = [model.decoder.norm, getattr(model, "softmax", model.embedding)]
-    for layer in model.decoder.layers:
-        read += [layer.attention, layer.attention_norm, layer.feed_forward, layer.feed_forward_norm]
-        if isinstance(model, EncoderDecoder):
-            cross = layer.cross_attention
-            read += [layer.cross_attention_norm, nnx.List([cross.query, cross.out])]
-    return sum(x.nbytes for module in read for x in jax.tree.leaves(nnx.state(module)))
-
-
-def kv_bytes(caches) -> int:
-    """Bytes of the keys and values in a tree of caches."""
-    is_cache = lambda x: isinstance(x, KVCache | RingCache | CrossCache)  # noqa: E731
-    return sum(
-        cache.key.nbytes + cache.value.nbytes for cache in jax.tree.leaves(caches, is_leaf=is_cache)
-    )
-
-
-def _seconds(program, *args) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(*args))
-    return time.perf_counter() - start
-
-
-def save(costs: Sequence[Cost], path: str | Path) -> None:
-    """Writes the figures, with what they were measured on, as JSON."""
-    record = {
+def describe() -> dict[str, str]:
+    """When and on what a run is made: date, device, machine and versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # where Linux has the processor's name
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+    return {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{processor}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "costs": [dataclasses.asdict(cost) for cost in costs],
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
     }
-    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def load(path: str | Path) -> list[Cost]:
-    """The figures of a file that `save` wrote."""
-    return [Cost(**cost) for cost in json.loads(Path(path).read_text(encoding="utf-8"))["costs"]]
+class _Bench:
+    """One model at one size: encoded and prefilled once, then decoded from by each search.
 
-
-def print_table(costs: Sequence[Cost]) -> None:
-    """Prints a row for each figure."""
-    table = Table(title="The cost of decoding, greedy, random weights")
-    columns = ("variant", "dtype", "batch", "context", "encode ms", "step ms", "(min - max)")
-    columns += ("encode us/tok", "step us/tok", "weights MB", "KV MB")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
-    for cost in costs:
-        table.add_row(
-            cost.variant,
-            cost.dtype,
-            f"{cost.batch}",
-            f"{cost.context_length}",
-            "-" if cost.encode_ms is None else f"{cost.encode_ms:.1f}",
-            f"{cost.step_ms:.2f}",
-            f"{cost.step_ms_min:.2f} - {cost.step_ms_max:.2f}",
-            "-" if cost.encode_us_per_token is None else f"{cost.encode_us_per_token:.1f}",
-            f"{cost.step_us_per_token:.1f}",
-            f"{cost.weight_bytes / 1e6:.1f}",
-            f"{cost.kv_bytes / 1e6:.1f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
-
-
-def plot(costs: Sequence[Cost], path: str | Path) -> None:
-    """Draws the cost of a step against the context length, a line a variant, as PNG.
-
-    Raises:
-      ValueError: the figures are of several batch sizes or dtypes, which one picture cannot show.
+    All programs are compiled ahead of time. Caches are donated wherever a program returns them, and
+    kept in one place alone: there may be no room for two.
     """
-    kinds = sorted({(cost.batch, cost.dtype) for cost in costs})
-    if len(kinds) != 1:
-        raise ValueError(f"a picture shows one batch size and dtype, not {kinds}")
-    ((batch, dtype),) = kinds
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def __init__(self, model: Model, batch: int, context_length: int, repeats: int):
+        self.model, self.batch, self.context_length = model, batch, context_length
+        self.repeats, self.steps = repeats, min(STEPS, context_length - 1)
+        self.graphdef, params = nnx.split(model)
+        # As a list, which a call takes apart much faster than a tree of modules.
+        self.params, self.treedef = jax.tree.flatten(params)
+        self.compile_seconds = 0.0
+        self.tokens_B = jnp.zeros(batch, jnp.int32)
+        self.tokens_BC = jnp.zeros((batch, context_length), jnp.int32)
+        self.cache = model.init_cache(batch, context_length)
+        self.context = ()  # of a translation model (cross caches,): what `decode` takes besides
+        self.encode_ms = self._encode() if isinstance(model, EncoderDecoder) else None
+        self.prefill_ms = self._prefill()
+        self.shared_compile_seconds = self.compile_seconds
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for variant in dict.fromkeys(cost.variant for cost in costs):
-        line = sorted((c.context_length, c.step_ms) for c in costs if c.variant == variant)
-        axes.plot(*zip(*line, strict=True), marker="o", label=variant)
-    axes.set(
-        xlabel="context length (source and target tokens)",
-        ylabel="ms per decode step",
-        title=f"One decode step, batch {batch}, {dtype}, on this machine's {jax.default_backend()}",
-        ylim=(0, None),
+    def cost(self, variant: str, search: str, roofline: Roofline) -> Cost:
+        """Measures `search`."""
+        self.compile_seconds = self.shared_compile_seconds
+        self_cache, cross = abstract_caches(self.model, self.batch, self.context_length)
+        flops_of = functools.partial(step_flops, self.model, (self_cache, cross))
+        if search == "greedy":
+            steps, times_ms, reorder_ms = *self._greedy(), None
+            flops = flops_of(self.batch)
+        else:
+            steps, times_ms, reorder_ms = self._beam()
+            flops = flops_of(self.batch * BEAM_SIZE)
+            self_cache = expanded(self_cache, BEAM_SIZE)
+        step_ms = statistics.median(times_ms)
+        read = (weight_bytes(self.model), kv_bytes((self_cache, cross)))
+        roofline_ms = roofline.milliseconds(sum(read), flops)
+        tokens = self.batch * self.context_length
+        return Cost(
+            variant=variant,
+            search=search,
+            dtype=self.model.config.dtype,
+            batch=self.batch,
+            context_length=self.context_length,
+            parameters=sum(x.size for x in self.params),
+            encode_ms=self.encode_ms,
+            prefill_ms=self.prefill_ms,
+            steps=steps,
+            step_ms=step_ms,
+            step_ms_min=min(times_ms),
+            step_ms_max=max(times_ms),
+            reorder_ms=reorder_ms,
+            encode_us_per_token=None if self.encode_ms is None else 1e3 * self.encode_ms / tokens,
+            step_us_per_token=1e3 * step_ms / self.batch,
+            weight_bytes=read[0],
+            kv_bytes=read[1],
+            flops=flops,
+            gb_per_s=1e-6 * sum(read) / step_ms,
+            probe_gb_per_s=roofline.gb_per_s,
+            probe_gflop_per_s=roofline.gflop_per_s,
+            roofline_ms=roofline_ms,
+            roofline_fraction=roofline_ms / step_ms,
+            compile_seconds=self.compile_seconds,
+        )
+
+    def _encode(self) -> float:
+        encode = self._compile(
+            lambda params, tokens_BC: self._merge(params).init_cross_cache(tokens_BC),
+            self.params,
+            self.tokens_BC,
+        )
+
+        def run() -> float:
+            self.context = ()
+            seconds, cross = timed(encode, self.params, self.tokens_BC)
+            self.context = (cross,)
+            return seconds
+
+        return statistics.median(milliseconds(run, self.repeats, once_if_long=True))
+
+    def _prefill(self) -> float:
+        def prefill(params, tokens_BC: Array, cache, context):
+            return self._merge(params).prefill(tokens_BC, cache, *context)[1]
+
+        program = self._compile(
+            prefill, self.params, self.tokens_BC, self.cache, self.context, donate=2
+        )
+
+        def run() -> float:
+            cache = _with_length(self.cache, 0)
+            seconds, self.cache = timed(program, self.params, self.tokens_BC, cache, self.context)
+            return seconds
+
+        return statistics.median(milliseconds(run, self.repeats, once_if_long=True))
+
+    def _greedy(self) -> tuple[int, list[float]]:
+        """The number of steps, and the milliseconds of one in each run."""
+
+        def decode(params, cache, context, tokens_B: Array):
+            step_fn = self._step_fn(params, context)
+            decoded = greedy(step_fn, cache, tokens_B, max_new_tokens=self.steps)
+            return decoded.tokens, decoded.cache
+
+        program = self._compile(
+            decode, self.params, self.cache, self.context, self.tokens_B, donate=1
+        )
+
+        def run() -> float:
+            cache = _with_length(self.cache, self.context_length - self.steps)
+            seconds, (_, self.cache) = timed(
+                program, self.params, cache, self.context, self.tokens_B
+            )
+            return seconds
+
+        return self.steps, [ms / self.steps for ms in milliseconds(run, self.repeats)]
+
+    def _beam(self) -> tuple[int, list[float], float]:
+        """As `_greedy`, and the milliseconds that reordering takes of a step."""
+        cache, steps = _with_length(self.cache, self.context_length - self.steps), None
+
+        def decode(params, cache, context, tokens_B: Array):
+            step_fn = self._step_fn(params, context)
+            decoded = beam_search(
+                step_fn,
+                cache,
+                tokens_B,
+                beam_size=BEAM_SIZE,
+                max_new_tokens=self.steps,
+                eos_id=0,
+            )
+            return decoded.tokens, decoded.steps
+
+        args = (self.params, cache, self.context, self.tokens_B)
+        program = self._compile(decode, *args)
+        # Every run begins with expanding the caches, which is no part of a step.
+        expand_beams = self._compile(functools.partial(expand, beam_size=BEAM_SIZE), cache)
+
+        def run() -> float:
+            nonlocal steps
+            seconds, (_, steps) = timed(program, *args)
+            return seconds
+
+        times_ms, steps = milliseconds(run, self.repeats), int(np.asarray(steps))
+        expand_ms = min(milliseconds(lambda: timed(expand_beams, cache)[0], self.repeats))
+        # Noise must not make it more than it can be.
+        expand_ms = min(expand_ms, min(times_ms) / 2)
+
+        parent_b = np.roll(np.arange(BEAM_SIZE, dtype=np.int32), 1)
+        parent_Bb = jax.device_put(np.tile(parent_b, (self.batch, 1)))
+        beams = expand_beams(cache)
+        reorder_steps = self._compile(
+            lambda cache, parent_Bb: lax.fori_loop(
+                0, self.steps, lambda _, cache: reorder(cache, parent_Bb), cache
+            ),
+            beams,
+            parent_Bb,
+            donate=0,
+        )
+
+        def run_reorder() -> float:
+            nonlocal beams
+            seconds, beams = timed(reorder_steps, beams, parent_Bb)
+            return seconds
+
+        reorder_ms = statistics.median(milliseconds(run_reorder, self.repeats)) / self.steps
+        return steps, [(ms - expand_ms) / steps for ms in times_ms], reorder_ms
+
+    def _merge(self, params: list[Array]) -> Model:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, params))
+
+    def _step_fn(self, params: list[Array], context) -> Callable:
+        model = self._merge(params)
+        return lambda tokens_R, cache: model.decode(tokens_R, cache, *context)
+
+    def _compile(self, function: Callable, *args, donate: int | None = None):
+        start = time.perf_counter()
+        program = jax.jit(function, donate_argnums=() if donate is None else donate)
+        program = program.lower(*args).compile()
+        self.compile_seconds += time.perf_counter() - start
+        return program
+
+
+def _with_length(cache: tuple, length: int) -> tuple:
+    """The caches with all rows `length` tokens long, ready on the device; compiles nothing."""
+    return jax.block_until_ready(
+        tuple(
+            dataclasses.replace(
+                layer, length=jax.device_put(np.full(layer.length.shape, length, np.int32))
+            )
+            for layer in cache
+        )
     )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -1,13 +1,14 @@
-"""The benchmark's arithmetic on cases small enough to count by hand."""
+"""The benchmark measures what it says, and nothing else."""
 
 import dataclasses
-import json
+import itertools
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import pytest
-from flax import nnx
 
-from mqa_jax import DecoderOnly, EncoderDecoder, TransformerConfig, benchmark
+from mqa_jax import DecoderOnly, EncoderDecoder, TransformerConfig, benchmark, roofline, timing
+from mqa_jax.roofline import Roofline
 
 CONFIG = TransformerConfig(
     vocab_size=11,
@@ -17,91 +18,174 @@ CONFIG = TransformerConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=3,
-    max_length=7,
+    max_length=16,  # more positions are added
 )
-NORM, FEED_FORWARD = 6, 6 * 10 + 10 * 6
-QUERY = OUT = 6 * 4 * 3
-KEY = VALUE = 6 * 2 * 3
-SELF = QUERY + KEY + VALUE + OUT + NORM
-CROSS = QUERY + OUT + NORM  # its keys and values are not projected in a step
+TRANSLATE, CONTINUE = {"translate": (EncoderDecoder, CONFIG)}, {"continue": (DecoderOnly, CONFIG)}
+LIMITS = Roofline(gb_per_s=17.0, gflop_per_s=190.0)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "weights"),
-    [
-        (EncoderDecoder, 2 * (SELF + CROSS + FEED_FORWARD + NORM) + NORM + 11 * 6),
-        (DecoderOnly, 2 * (SELF + FEED_FORWARD + NORM) + NORM + 6 * 11),
-    ],
-)
-def test_weight_bytes_of_a_step(model_type, weights):
-    assert benchmark.step_weight_bytes(model_type(CONFIG, rngs=nnx.Rngs(0))) == 4 * weights
-    half = dataclasses.replace(CONFIG, param_dtype="bfloat16")
-    assert benchmark.step_weight_bytes(model_type(half, rngs=nnx.Rngs(0))) == 2 * weights
+@pytest.fixture(autouse=True)
+def no_probe(monkeypatch):
+    monkeypatch.setattr(benchmark, "probe", lambda dtype: LIMITS)
 
 
-@pytest.mark.parametrize(("window", "slots"), [(None, 7), (3, 3)])
-def test_kv_bytes_of_a_step(window, slots):
-    config = dataclasses.replace(CONFIG, window=window)
-    model = EncoderDecoder(config, rngs=nnx.Rngs(0))
-    cache = model.init_cache(5, 7)
-    cross = model.init_cross_cache(jnp.zeros((5, 4), jnp.int32))
-    layers, keys_and_values, float32 = 2, 2, 4
-    rows = layers * keys_and_values * float32 * 5 * 2 * 3
-    assert benchmark.kv_bytes(cache) == rows * slots
-    assert benchmark.kv_bytes((cache, cross)) == rows * (slots + 4)
+def sweep(models, **options):
+    sizes = dict(batch_sizes=[3], context_lengths=[5], repeats=1)
+    return list(benchmark.sweep(models, **sizes | options))
 
 
 @pytest.fixture(scope="module")
 def costs():
-    long = dataclasses.replace(CONFIG, max_length=16)  # more positions are added
-    sizes = dict(batch=3, context_length=30, repeats=2)
-    return [
-        benchmark.measure("translate", EncoderDecoder, long, **sizes),
-        benchmark.measure("continue", DecoderOnly, long, **sizes),
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "probe", lambda dtype: LIMITS)
+        return sweep(
+            TRANSLATE | CONTINUE, context_lengths=[37], searches=["greedy", "beam"], repeats=3
+        )
 
 
-def test_figures_follow_from_one_another(costs):
+def test_a_row_for_each_variant_and_search(costs):
+    assert [(cost.variant, cost.search) for cost in costs] == list(
+        itertools.product(["translate", "continue"], ["greedy", "beam"])
+    )
+
+
+def test_times_follow_from_one_another(costs):
     for cost in costs:
-        assert cost.compile_seconds > 0
-        assert cost.step_ms_min <= cost.step_ms <= cost.step_ms_max
+        assert cost.compile_seconds > 0 and cost.prefill_ms > 0
+        assert 0 < cost.step_ms_min <= cost.step_ms <= cost.step_ms_max
         assert cost.step_us_per_token == pytest.approx(1000 * cost.step_ms / 3)
-    translate, proceed = costs
-    assert translate.encode_us_per_token == pytest.approx(1000 * translate.encode_ms / (3 * 30))
-    assert proceed.encode_ms is None and proceed.encode_us_per_token is None
-    rows = 2 * 2 * 4 * 3 * 2 * 3
-    assert (translate.kv_bytes, proceed.kv_bytes) == (rows * (30 + 30), rows * 30)
+        assert (cost.reorder_ms is None) == (cost.search == "greedy")
+    for cost in costs[:2]:
+        assert cost.encode_us_per_token == pytest.approx(1000 * cost.encode_ms / (3 * 37))
+    for cost in costs[2:]:
+        assert cost.encode_ms is None and cost.encode_us_per_token is None
 
 
-def test_figures_are_saved_with_what_they_were_measured_on(costs, tmp_path):
-    benchmark.save(costs, tmp_path / "costs.json")
-    assert benchmark.load(tmp_path / "costs.json") == costs
-    record = json.loads((tmp_path / "costs.json").read_text())
-    assert {"date", "device", "machine", "python", "jax"} <= record.keys()
+def test_encoding_and_prefill_are_measured_once_for_all_searches(costs):
+    for one, other in (costs[:2], costs[2:]):
+        assert (one.encode_ms, one.prefill_ms) == (other.encode_ms, other.prefill_ms)
 
 
-def test_the_table_names_every_variant(costs, capsys):
-    benchmark.print_table(costs)
-    printed = capsys.readouterr().out
-    assert "translate" in printed and "continue" in printed
+def test_traffic_and_arithmetic_of_a_step(costs):
+    greedy, beam, alone, beam_alone = costs
+    row = 2 * 2 * 4 * 3 * 2 * 3  # two layers, keys and values, 4 bytes, B, K, H
+    assert (greedy.kv_bytes, alone.kv_bytes) == (row * (37 + 37), row * 37)
+    # The hypotheses of a sentence share its source.
+    assert (beam.kv_bytes, beam_alone.kv_bytes) == (row * (4 * 37 + 37), row * 4 * 37)
+    assert beam.flops == 4 * greedy.flops and beam_alone.flops == 4 * alone.flops
+    for cost in costs:
+        num_bytes = cost.weight_bytes + cost.kv_bytes
+        assert cost.gb_per_s == pytest.approx(num_bytes / 1e9 / (cost.step_ms / 1000))
+        assert (cost.probe_gb_per_s, cost.probe_gflop_per_s) == (17, 190)
+        assert cost.roofline_ms == pytest.approx(1000 * num_bytes / 17e9)
+        assert cost.roofline_fraction == pytest.approx(cost.roofline_ms / cost.step_ms)
 
 
-def test_a_picture_is_of_one_batch_size(costs, tmp_path):
-    benchmark.plot(costs, tmp_path / "costs.png")
-    assert (tmp_path / "costs.png").stat().st_size > 0
-    other = dataclasses.replace(costs[0], batch=4)
-    with pytest.raises(ValueError, match=r"\(3, 'float32'\), \(4, 'float32'\)"):
-        benchmark.plot([*costs, other], tmp_path / "costs.png")
+def test_parameters_of_the_whole_model(costs):
+    attention, feed_forward, norm = 6 * 3 * (4 + 2 + 2 + 4), 2 * 6 * 10, 6
+    layer, positions = attention + feed_forward + 2 * norm, 37 * 6
+    encoder, decoder = 2 * layer + norm, 2 * layer + norm
+    cross = 2 * (attention + norm)
+    assert costs[0].parameters == encoder + decoder + cross + 2 * positions + 11 * 6
+    assert costs[2].parameters == decoder + positions + 2 * 11 * 6
+
+
+def test_steps_fill_the_cache_up_to_its_end(monkeypatch, costs):
+    assert {cost.steps for cost in costs if cost.search == "greedy"} == {32}
+    benches = []
+    original = benchmark._Bench.cost
+    monkeypatch.setattr(
+        benchmark._Bench, "cost", lambda self, *args: benches.append(self) or original(self, *args)
+    )
+    (short,) = sweep(CONTINUE, repeats=2)
+    assert short.steps == 4
+    for layer in benches[0].cache:
+        assert layer.length.tolist() == [5, 5, 5]
+        assert np.abs(layer.key).min() > 0
+
+
+def test_dtypes_are_those_of_the_configs_or_those_asked_for():
+    local = dataclasses.replace(CONFIG, dtype="bfloat16", window=3)
+    models = CONTINUE | {"local": (DecoderOnly, local)}
+    by_config = sweep(models)
+    assert [cost.dtype for cost in by_config] == ["float32", "bfloat16"]
+    assert by_config[0].weight_bytes == 2 * by_config[1].weight_bytes
+    assert by_config[1].kv_bytes == 2 * 2 * 2 * 3 * 2 * 3 * 3
+    (asked,) = sweep(CONTINUE, dtypes=["bfloat16"])
+    assert asked.dtype == "bfloat16"
+    assert asked.weight_bytes == by_config[1].weight_bytes
+    assert 2 * asked.kv_bytes == by_config[0].kv_bytes
+
+
+@pytest.mark.parametrize(("expand_ms", "step_ms"), [(2.0, (10 - 2) / 4), (99.0, (10 - 5) / 4)])
+def test_expanding_the_caches_is_no_part_of_a_beam_step(monkeypatch, expand_ms, step_ms):
+    """Nor does noise in it, which may be more than all of a small search, make a step negative."""
+    times_ms = iter([7.0, 10.0, expand_ms, 13.0])  # prefill, search, expanding, reordering
+
+    def milliseconds(run, repeats, once_if_long=False):
+        run()
+        return [next(times_ms)]
+
+    monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
+    many_words = {"any": (DecoderOnly, dataclasses.replace(CONFIG, vocab_size=997))}
+    (cost,) = sweep(many_words, searches=["beam"])
+    assert cost.steps == 4
+    assert cost.step_ms == pytest.approx(step_ms)
+    assert cost.reorder_ms == pytest.approx(13 / 4)
+
+
+def test_the_first_run_does_not_count_but_a_long_one_is_the_only_one():
+    seconds = iter([4.0, 0.5, 0.25])
+    assert timing.milliseconds(lambda: next(seconds), 2, once_if_long=True) == [500, 250]
+    assert timing.milliseconds(lambda: 5.0, 3) == [5000, 5000, 5000]
+    seconds = iter([5.0])
+    assert timing.milliseconds(lambda: next(seconds), 2, once_if_long=True) == [5000]
+
+
+def test_compiling_while_measuring_is_an_error(monkeypatch):
+    def square(x):
+        return x * x
+
+    program, x = jax.jit(square), np.ones(3, np.float32)
+    program(x)
+    with timing.no_compilation():
+        program(x)
+    with pytest.raises(RuntimeError, match="compiled while measuring: .*square"):
+        timing.milliseconds(lambda: program(np.ones(5, np.float32)).sum() and 0.0, 1)
+
+    def with_length(cache, length, original=benchmark._with_length):
+        jax.jit(lambda x: x + length)(np.ones(2, np.float32))
+        return original(cache, length)
+
+    monkeypatch.setattr(benchmark, "_with_length", with_length)
+    with pytest.raises(RuntimeError, match="compiled while measuring"):
+        sweep(CONTINUE)
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(roofline, "memory_limit", lambda: 25e9)
+    rows = benchmark.sweep(TRANSLATE, batch_sizes=[3], context_lengths=[5, 100_000])
+    with pytest.raises(ValueError, match=r"length 100000 needs .*encoding 14\d\d\.\d GB = 1"):
+        next(rows)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("options", "message"),
     [
-        (dict(batch=0, context_length=40), "not 0 and 5"),
-        (dict(batch=1, context_length=40, repeats=0), "not 1 and 0"),
-        (dict(batch=1, context_length=28), "context_length=28 is too short: 28 steps"),
+        (dict(batch_sizes=[2, 0]), r"not \[2, 0\] and 1"),
+        (dict(repeats=0), r"not \[3\] and 0"),
+        (dict(context_lengths=[5, 1]), "a context length of 1 is too short"),
+        (dict(context_lengths=[]), "nothing to measure"),
+        (dict(searches=["sample"]), r"'sample' is not one of \['greedy', 'beam'\]"),
+        (dict(dtypes=["int8"]), "'int8' is not one of float32, bfloat16, float16"),
     ],
 )
-def test_sizes_that_cannot_be_measured_are_refused(sizes, message):
+def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        benchmark.measure("any", EncoderDecoder, CONFIG, **sizes)
+        sweep(TRANSLATE, **options)
+
+
+def test_a_run_says_what_it_was_made_on():
+    assert benchmark.describe().keys() == {
+        *("date", "device", "machine", "python", "jax", "jaxlib", "flax")
+    }

@@ -173,30 +173,95 @@ def test_decode_refuses_a_directory_without_a_run(tmp_path):
     assert result.returncode != 0 and "config.json" in result.stderr
 
 
+def run_decode(setup: str) -> str:
+    """A program that is decode.py behind some lines of setup."""
+    return (
+        f"import runpy, signal, sys; {setup}; sys.argv = sys.argv[1:];"
+        f"runpy.run_path({str(ROOT / 'decode.py')!r}, run_name='__main__')"
+    )
+
+
 def test_benchmark_needs_jax_and_flax_alone(tmp_path):
     # Not to be found, as where they are not installed. Flax itself wants optax and msgpack.
     absent = ("grain", "orbax", "sentencepiece", "tensorflow_datasets", "sacrebleu", "tensorboardX")
-    program = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent})); import runpy;"
-        f"sys.argv = sys.argv[1:]; runpy.run_path({str(ROOT / 'decode.py')!r}, run_name='__main__')"
-    )
     result = run_well(
         "-c",
-        program,
+        run_decode(f"sys.modules.update(dict.fromkeys({absent}))"),
         "decode.py",
         "--benchmark",
         *TINY[:7],
-        "--variants=multi_head,multi_query_local",
-        "--batch_sizes=2,3",
-        "--context_lengths=32,40",
+        "--variants=multi_head,multi_query",
+        "--searches=greedy,beam",
+        "--batch_sizes=3",
+        "--context_lengths=40",
+        "--dtypes=float32",
+        "--repeats=2",
+        "--compare=paper",
         "--output_dir=out",
         cwd=tmp_path,
     )
-    assert "multi_query_local" in result.stdout
-    costs = json.loads((tmp_path / "out/benchmark.json").read_text())["costs"]
-    assert len(costs) == 2 * 2 * 2 and all(cost["step_ms"] > 0 for cost in costs)
-    for batch in (2, 3):
-        assert (tmp_path / f"out/step_cost_batch_{batch}.png").read_bytes()[1:4] == b"PNG"
+    assert "multi_query" in result.stdout and "12.11" in result.stdout  # 46 / 3.8, the paper's
+    content = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert len(content["costs"]) == 2 * 2 and content["is_complete"]
+    assert all(cost["step_ms"] > 0 for cost in content["costs"])
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
+        "roofline_greedy_float32",
+        "roofline_beam_float32",
+    }
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    setup = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    args = [*TINY[:7], "--batch_sizes=2,3", "--context_lengths=11,13,17,19", "--output_dir=out"]
+    process = subprocess.Popen(
+        **command("-c", run_decode(setup), "decode.py", "--benchmark", *args, cwd=tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    path = tmp_path / "out/benchmark.json"
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 130, errors[-3000:]
+    content = json.loads(path.read_text())
+    assert 1 <= len(content["costs"]) < 4 * 2 * 4 and not content["is_complete"]
+    assert "interrupted" in errors and "The cost of decoding" in printed
+    assert any((tmp_path / "out").glob("roofline_*.png"))
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--variants=multi_query", "--compare=paper"], "and multi_head"),
+        (["--batch_sizes=2,two"], "--batch_sizes takes whole numbers, not ['2', 'two']"),
+        (["--context_lengths=8,1"], "a context length of 1 is too short"),
+        (["--context_lengths=3000000"], "GB, but the device has"),
+        (["--variants=many_query"], "'many_query' is not one of"),
+    ],
+    ids=str,
+)
+def test_a_benchmark_that_cannot_be_is_refused(args, reason, tmp_path):
+    options = ["--benchmark", *TINY[:7], "--output_dir=out", *args]
+    result = run(ROOT / "decode.py", *options, cwd=tmp_path)
+    assert result.returncode != 0 and reason in result.stdout + result.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_quick_benchmark_is_small_where_no_flag_says_otherwise(tmp_path):
+    options = ["--benchmark", "--quick", *TINY[:7], "--context_lengths=11,13", "--output_dir=out"]
+    run_well(ROOT / "decode.py", *options, cwd=tmp_path)
+    rows = json.loads((tmp_path / "out/benchmark.json").read_text())["costs"]
+    assert [(row["variant"], row["batch"], row["context_length"]) for row in rows] == [
+        ("multi_head", 8, 11),
+        ("multi_head", 8, 13),
+        ("multi_query", 8, 11),
+        ("multi_query", 8, 13),
+    ]
+    assert (tmp_path / f"out/step_cost_greedy_{rows[0]['dtype']}_batch_8.png").exists()
 
 
 @pytest.mark.parametrize(
