@@ -1,0 +1,82 @@
+"""The record that the benchmark makes of each variant and size; knows no JAX.
+
+Array letters: B batch   C context length
+"""
+
+import dataclasses
+import inspect
+import re
+
+SEARCHES = ("greedy", "beam")
+BEAM_SIZE = 4  # the paper's
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a variant costs with one search, dtype, batch and context length.
+
+    Attributes:
+      variant: its name.
+      search: `greedy`, or `beam` for beam search with a beam of 4.
+      dtype: of weights, activations and caches.
+      batch: sentences decoded at once, `B`; beam search decodes four hypotheses of each.
+      context_length: source tokens, and slots of the target's cache (all of which a step reads),
+        `C`; a language model has the latter alone.
+      parameters: of the whole model.
+      encode_ms: encoding the batch and projecting it for all layers, median of the runs; null for a
+        language model.
+      prefill_ms: taking `C` target tokens a row into the caches at once, median of the runs.
+      steps: steps that each run took, over which its time is divided.
+      step_ms: one step inside the on-device loop, median of the runs.
+      step_ms_min: that of the fastest run.
+      step_ms_max: that of the slowest run.
+      reorder_ms: beam search only, else null: what moving the self-attention caches among the
+        hypotheses takes of `step_ms`, median of the runs, measured alone.
+      encode_us_per_token: `encode_ms` an output token, there being as many as source tokens; in
+        microseconds, the paper's amortized cost.
+      step_us_per_token: `step_ms` an output token (of which beam search puts out one a sentence).
+      weight_bytes: bytes of the weights that a step reads.
+      kv_bytes: bytes of the self- and cross-attention keys and values that a step reads; those of
+        beam search's self-attention are of four hypotheses a sentence.
+      flops: floating-point operations of a step's products and attention.
+      gb_per_s: bytes read a second, `(weight_bytes + kv_bytes) / step_ms`, in units of 1e9.
+      probe_gb_per_s: what the device reads at most, measured in the same run.
+      probe_gflop_per_s: what a matrix product of that dtype reaches, measured in the same run.
+      roofline_ms: the least time for a step by both probes.
+      roofline_fraction: `roofline_ms / step_ms`; above 1 where processor caches hold what is read.
+      compile_seconds: compiling the programs that this row was measured with.
+    """
+
+    variant: str
+    search: str
+    dtype: str
+    batch: int
+    context_length: int
+    parameters: int
+    encode_ms: float | None
+    prefill_ms: float
+    steps: int
+    step_ms: float
+    step_ms_min: float
+    step_ms_max: float
+    reorder_ms: float | None
+    encode_us_per_token: float | None
+    step_us_per_token: float
+    weight_bytes: int
+    kv_bytes: int
+    flops: int
+    gb_per_s: float
+    probe_gb_per_s: float
+    probe_gflop_per_s: float
+    roofline_ms: float
+    roofline_fraction: float
+    compile_seconds: float
+
+
+# The docstring's line for each field, which the JSON repeats.
+FIELDS = {
+    name: " ".join(text.split())
+    for name, text in re.findall(
+        r"^  (\w+): (.+(?:\n {4}.+)*)", inspect.getdoc(Cost) or "", flags=re.MULTILINE
+    )
+}
