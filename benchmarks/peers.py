@@ -16,6 +16,7 @@ greedily and with a beam of 4. All contestants have all cores, one at a time; th
 """
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -69,13 +70,18 @@ def main(_) -> None:
                     print(f"{name} {kind} failed, see above; it needs {name} installed")
                     continue
                 records += json.loads(result.stdout.splitlines()[-1])
+                write(records)
                 print(f"{name} {kind}: done", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: what was measured so far follows", file=sys.stderr)
-    rows = summary(records)
-    print_table(rows)
+    print_table(summary(records))
+
+
+def write(records: list[dict]) -> None:
+    """To `--output`, after each contestant: nothing that was measured gets lost."""
     if OUTPUT.value:
-        record = dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", rows=rows)
+        record = dict(machine=f"{platform.machine()}, {os.cpu_count()} cores")
+        record |= dict(date=datetime.date.today().isoformat(), rows=summary(records))
         Path(OUTPUT.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from mqa_jax.attention import (
     segment_mask,
 )
 from mqa_jax.decoding import Decoded, beam_search, greedy, sample
+from mqa_jax.generate import Generator
 from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
 from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "Decoded",
     "DecoderOnly",
     "EncoderDecoder",
+    "Generator",
     "GroupedQueryAttention",
     "KVCache",
     "MultiHeadAttention",

@@ -24,6 +24,10 @@ from mqa_jax.sharding import param
 
 SelfCache = KVCache | RingCache | BeamCache
 
+# Queries of longer sequences are taken block by block, so that memory grows with the length and
+# not with its square.
+QUERY_BLOCK = 512
+
 
 def causal_mask(
     query_positions_BT: Array, key_positions_BS: Array, window: int | None = None
@@ -121,6 +125,44 @@ def _attend(
     dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
     """The attention every public name of this file ends in; keys and values in cache layout."""
+    length = query_BTNH.shape[1]
+    # A mask of dropout belongs to all queries at once.
+    if length <= 2 * QUERY_BLOCK or dropout is not None:
+        return _attend_block(query_BTNH, key_BKSH, value_BKSH, mask, scale, dropout)
+    blocks = -(-length // QUERY_BLOCK)
+
+    def split(x: Array, axis: int) -> Array:
+        """The axis of queries in blocks, which come first."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, blocks * QUERY_BLOCK - length)
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(
+            x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0
+        )
+
+    has_query_axis = mask is not None and mask.shape[2] > 1
+
+    @jax.checkpoint  # Backward computes the logits of a block again, else it would keep them all.
+    def attend(block: tuple[Array, Array | None]) -> Array:
+        query, block_mask = block
+        return _attend_block(
+            query, key_BKSH, value_BKSH, block_mask if has_query_axis else mask, scale, None
+        )
+
+    output = lax.map(attend, (split(query_BTNH, 1), split(mask, 2) if has_query_axis else None))
+    return jnp.moveaxis(output, 0, 1).reshape(query_BTNH.shape[0], -1, *query_BTNH.shape[2:])[
+        :, :length
+    ]
+
+
+def _attend_block(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask: Array | None,
+    scale: float | None,
+    dropout: Callable[[Array], Array] | None,
+) -> Array:
     batch, length, num_heads, head_dim = query_BTNH.shape
     num_kv_heads = key_BKSH.shape[1]
     query_BTKGH = query_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim)

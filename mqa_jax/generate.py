@@ -78,13 +78,13 @@ def _translate_step(model: EncoderDecoder, cross, tokens_R: Array, cache):
 
 @dataclasses.dataclass
 class DecodeStats:
-    """What a `LineDecoder` has done so far.
+    """What a `Generator` has done so far.
 
     Attributes:
       compile_seconds: spent on compiling, once a shape.
       decode_seconds: spent on all else: encoding or prefill, and the steps.
       steps: decode steps, each for a whole batch.
-      tokens: decoded for real lines (of the best hypothesis), end-of-sentence included.
+      tokens: decoded for real prompts (of the best hypothesis), end-of-sentence included.
     """
 
     compile_seconds: float = 0.0
@@ -93,25 +93,28 @@ class DecodeStats:
     tokens: int = 0
 
 
-class LineDecoder:
-    """Decodes lines of text in batches of like length; one compiled program a length.
+class Generator:
+    """Decodes prompts of any lengths in batches of like length; one compiled program a bucket.
 
     Args:
       model: what to decode with, of which only the structure is used: weights are handed to each
         call, so that a training run can evaluate again and again without compiling again.
-      tokenizer: from text to ids and back.
       search: `greedy`, `sample` or `beam_search`, with all its options but `max_new_tokens` and
         `key` bound to it by `functools.partial`.
       batch_size: rows a batch; the last one is filled up.
       bos_id: the id that a target sentence begins with.
       max_new_tokens: by default 50 more than the prompt's length (as in the paper's code base),
         and never more than the model has positions for.
+
+    Attributes:
+      stats: what has been decoded, and how long it took.
     """
+
+    _prompt_name = "prompt"
 
     def __init__(
         self,
         model: Model,
-        tokenizer: Tokenizer,
         *,
         search: Search,
         batch_size: int,
@@ -120,7 +123,6 @@ class LineDecoder:
     ):
         self._is_translation = isinstance(model, EncoderDecoder)
         self._max_length = model.config.max_length
-        self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._bos_id = bos_id
         self._max_new_tokens = max_new_tokens
@@ -149,31 +151,33 @@ class LineDecoder:
         self.stats = DecodeStats()
 
     def __call__(
-        self, params: nnx.State, lines: Sequence[str], keys: Array | None = None
+        self, params: nnx.State, prompts: Sequence[Sequence[int]], keys: Array | None = None
     ) -> Iterator[tuple[int, Decoded]]:
-        """Decodes `lines`; none is cut short.
+        """Decodes behind `prompts`; none is cut short.
 
         Args:
-          params: the model's weights.
-          lines: what to translate, or to continue.
-          keys: for `sample`: `[len(lines)]` PRNG keys; what a line draws depends on its own alone.
+          params: the model's weights, `nnx.state(model)`.
+          prompts: ids of what to translate, or to continue; a language model's begin with `bos_id`.
+          keys: for `sample`: `[len(prompts)]` PRNG keys; what a prompt draws depends on its own
+            alone.
 
         Yields:
-          the index of a line, and what was decoded for it, without the batch axis; not in order.
+          the index of a prompt, and what was decoded for it, without the batch axis; not in order.
 
         Raises:
-          ValueError: a line of more tokens than the model has positions for; nothing has been
-            decoded then.
+          ValueError: a prompt without tokens, or of more than the model has positions for; nothing
+            has been decoded then.
         """
-        prompts = [self._prompt(number, line) for number, line in enumerate(lines, start=1)]
-        # Only lines of one shape share a batch: what is decoded for one depends on no other then.
+        for number, prompt in enumerate(prompts, start=1):
+            self._check(number, prompt)
+        # Only prompts of one shape share a batch: what is decoded for one depends on no other then.
         by_shape = {}
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             by_shape.setdefault(self._shape(len(prompts[i])), []).append(i)
         batches = [
-            (shape, lines[start : start + self._batch_size])
-            for shape, lines in by_shape.items()
-            for start in range(0, len(lines), self._batch_size)
+            (shape, indices[start : start + self._batch_size])
+            for shape, indices in by_shape.items()
+            for start in range(0, len(indices), self._batch_size)
         ]
         for (width, limit), batch in batches:
             rows = batch + batch[-1:] * (self._batch_size - len(batch))
@@ -184,11 +188,21 @@ class LineDecoder:
             keys_B = None if keys is None else keys[np.array(rows)]
             decoded = self._decode(params, prompt_BP, lengths_B, keys_B, limit)
             for row, i in enumerate(batch):
-                line = jax.tree.map(
+                own = jax.tree.map(
                     lambda x, row=row: x[row], dataclasses.replace(decoded, steps=None)
                 )
-                self.stats.tokens += int(line.length.flat[0])
-                yield i, dataclasses.replace(line, steps=decoded.steps)
+                self.stats.tokens += int(own.length.flat[0])
+                yield i, dataclasses.replace(own, steps=decoded.steps)
+
+    def tokens(
+        self, params: nnx.State, prompts: Sequence[Sequence[int]], keys: Array | None = None
+    ) -> list[list[int]]:
+        """As a call, but only the ids of the best hypothesis, those of prompt `i` at index `i`."""
+        best = [[]] * len(prompts)
+        for i, decoded in self(params, prompts, keys):
+            ids = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0]
+            best[i] = ids[: int(decoded.length.flat[0])].tolist()
+        return best
 
     def _decode(self, params, prompt_BP, lengths_B, keys_B, limit: int) -> Decoded:
         """One batch, on the host; compiled apart, so that the clock of decoding excludes it."""
@@ -204,21 +218,19 @@ class LineDecoder:
         self.stats.steps += int(decoded.steps)
         return decoded
 
-    def _prompt(self, number: int, line: str) -> list[int]:
-        """The ids that stand for a line, which must leave room for at least one more."""
-        ids = self._tokenizer.encode(line)
+    def _check(self, number: int, prompt: Sequence[int]) -> None:
+        """A prompt must have a token, and leave room for at least one more."""
         room = self._max_length
         if not self._is_translation:
-            # A sentence to be continued begins, and does not end.
-            ids = [self._bos_id, *ids[:-1]]
             room -= self._max_new_tokens or 1
-        if len(ids) > room:
+        if not len(prompt):
+            raise ValueError(f"{self._prompt_name} {number} has no tokens: give one at least")
+        if len(prompt) > room:
             raise ValueError(
-                f"line {number} has {len(ids)} tokens, but there is room for {room} (the model "
-                f"knows {self._max_length} positions): split the line, or train a model with a "
-                "larger max_length"
+                f"{self._prompt_name} {number} has {len(prompt)} tokens, but there is room for "
+                f"{room} (the model knows {self._max_length} positions): split it, or train a "
+                "model with a larger max_length"
             )
-        return ids
 
     def _shape(self, length: int) -> tuple[int, int]:
         """Prompt width and new tokens of the batch that a prompt of `length` tokens goes into."""
@@ -228,3 +240,23 @@ class LineDecoder:
             return min(width, self._max_length), min(limit, self._max_length)
         width = min(width, self._max_length - (self._max_new_tokens or 1))
         return width, min(limit, self._max_length - width)
+
+
+class LineDecoder(Generator):
+    """A `Generator` from lines of text; `tokenizer` turns them into ids, all else is the same."""
+
+    _prompt_name = "line"
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, **options):
+        super().__init__(model, **options)
+        self._tokenizer = tokenizer
+
+    def __call__(
+        self, params: nnx.State, lines: Sequence[str], keys: Array | None = None
+    ) -> Iterator[tuple[int, Decoded]]:
+        """As `Generator`, of lines; an error counts them from 1."""
+        prompts = map(self._tokenizer.encode, lines)
+        if not self._is_translation:
+            # A sentence to be continued begins, and does not end.
+            prompts = ([self._bos_id, *ids[:-1]] for ids in prompts)
+        return super().__call__(params, list(prompts), keys)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mqa_jax.attention import QUERY_BLOCK
 from mqa_jax.decoding import expand
 from mqa_jax.generate import Model
 from mqa_jax.timing import milliseconds, timed
@@ -26,6 +27,7 @@ from mqa_jax.transformer import EncoderDecoder
 # Much more than any cache holds, yet read in a blink.
 PROBE_BYTES = 2e9
 PROBE_COLUMNS = 4096
+PROBE_CALLS = 3
 # A product is long enough to be timed when it takes this; no device needs a larger matrix.
 PROBE_SECONDS = 0.02
 PROBE_SIZES = (1024, 2048, 4096, 8192, 16384)
@@ -52,10 +54,10 @@ def probe(dtype: str) -> Roofline:
     """Measures the default device: the best of several sums over an array that no cache holds, and
     the best of several square matrix products, both of `dtype`."""
     size = int(min(PROBE_BYTES, memory_limit() / 8)) // jnp.dtype(dtype).itemsize
-    # Summed by rows, so that all cores of a CPU take part.
     array = jnp.ones((size // PROBE_COLUMNS, PROBE_COLUMNS), dtype)
-    seconds = _best_seconds(functools.partial(jnp.sum, axis=1), array, runs=8)
-    gb_per_s = 1e-9 * array.nbytes / seconds
+    # By rows all cores of a CPU take part; a GPU is faster at the sum of all.
+    sums = (functools.partial(jnp.sum, axis=axis, dtype=jnp.float32) for axis in (1, None))
+    gb_per_s = 1e-9 * array.nbytes / min(_best_seconds(total, array, runs=8) for total in sums)
     del array
     gflop_per_s = 0.0
     for size in PROBE_SIZES:
@@ -69,7 +71,9 @@ def probe(dtype: str) -> Roofline:
 
 def _best_seconds(function, *args, runs: int) -> float:
     program = jax.jit(function).lower(*args).compile()
-    return 1e-3 * min(milliseconds(lambda: timed(program, *args)[0], runs))
+    # Some calls in a row, so that starting them does not count.
+    several = lambda: [program(*args) for _ in range(PROBE_CALLS)]  # noqa: E731
+    return 1e-3 * min(milliseconds(lambda: timed(several)[0], runs)) / PROBE_CALLS
 
 
 def memory_limit() -> float:
@@ -111,10 +115,11 @@ def memory_parts(
     """Bytes that measuring a model needs, by what they are needed for.
 
     Encoding and prefill hold the attention logits of one layer, what becomes of them and their
-    softmax, three times `[B, N, C, C]` float32 (XLA gets by with two at times), and the inner
-    activations of one feed-forward layer, `[B, C, F]`. A step holds the logits, and beam search
-    their logarithmic softmax and the scores of all candidates, three times `[R, V]` float32. As
-    steps come behind encoding, the larger of the two counts.
+    softmax, three times `[B, N, T, C]` float32 (XLA gets by with two at times; of a long context
+    attention takes `T = QUERY_BLOCK` queries at a time), and the inner activations of one
+    feed-forward layer, `[B, C, F]`. A step holds the logits, and beam search their logarithmic
+    softmax and the scores of all candidates, three times `[R, V]` float32. As steps come behind
+    encoding, the larger of the two counts.
     """
     config = model.config
     cache, cross = abstract_caches(model, batch, context_length)
@@ -122,7 +127,8 @@ def memory_parts(
     parts["caches"] = kv_bytes((cache, cross))
     if beam_size > 1:
         parts["caches of the beams"] = kv_bytes(expanded(cache, beam_size))
-    logits = 3 * 4 * batch * config.num_heads * context_length**2
+    queries = context_length if context_length <= 2 * QUERY_BLOCK else QUERY_BLOCK
+    logits = 3 * 4 * batch * config.num_heads * queries * context_length
     inner = batch * context_length * config.d_ff * jnp.dtype(config.dtype).itemsize
     scores = 3 * 4 * batch * beam_size * config.vocab_size
     name = "encoding" if isinstance(model, EncoderDecoder) else "prefill"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mqa_jax
+from mqa_jax import attention as attention_module
 
 B, T, S, N, H, D = 2, 7, 11, 6, 5, 13
 KV_HEADS = (6, 3, 1)
@@ -152,6 +153,25 @@ def test_softmax_of_bfloat16_inputs_is_taken_in_float32():
     value = jnp.asarray([[0.0, 0.0], [1.0, 1.0]], jnp.bfloat16)[None, :, None]
     output = mqa_jax.dot_product_attention(query, key, value, scale=1.0)
     close(output[0, 0, 0], [1 / (1 + np.exp(-1))] * 2, rtol=0, atol=2**-8)  # 0.731, not 0.5
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "causal", "keys", "full"])
+def test_queries_in_blocks_give_what_they_give_at_once(mask_kind, monkeypatch):
+    _, key, value, _ = inputs(3, 17)
+    query, cotangent = (normal(i, B, 17, N, H) for i in (0, 1))
+    masks = dict(
+        none=None,
+        causal=np.tril(np.ones((17, 17), bool))[None, None],
+        keys=random_mask(2, (B, 1, 1, 17)),
+        full=random_mask(3, (B, N, 17, 17)),
+    )
+    attend = functools.partial(mqa_jax.dot_product_attention, mask=masks[mask_kind])
+    expected = with_gradients(attend, query, key, value, cotangent)
+    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 5)  # 17 = 3 * 5 + 2
+    assert "scan" in str(jax.make_jaxpr(attend)(query, key, value))
+    got = with_gradients(attend, query, key, value, cotangent)
+    for actual, wanted in zip(got, expected, strict=True):
+        close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_hand_computed_multi_query():

@@ -1,4 +1,4 @@
-"""`generate` and `LineDecoder` against full forward passes, a line at a time.
+"""`generate`, `Generator` and `LineDecoder` against full forward passes, a line at a time.
 
 B batch   S source length   T target length   R rows, batch times beam
 """
@@ -21,7 +21,8 @@ from mqa_jax import (
     greedy,
     sample,
 )
-from mqa_jax.generate import BUCKET, LineDecoder, generate
+from mqa_jax.generate import BUCKET, Generator, LineDecoder, generate
+from mqa_jax.timing import no_compilation
 
 BOS, EOS, END = 1, 2, 11  # EOS ends what is given, END what is decoded: a token that comes by soon.
 MAX_LENGTH = 40
@@ -213,6 +214,31 @@ def test_too_long_a_line_is_refused_before_any_is_decoded(model_type, max_new_to
         next(decoder(params, lines))
     assert log == []
     assert len(list(decoder(params, make_lines(3, words)))) == 2
+
+
+@both_models
+def test_other_lengths_inside_a_bucket_compile_nothing(model_type):
+    model, params = make_model(model_type)
+    params = jax.tree.map(jnp.asarray, params)
+    search = functools.partial(greedy, eos_id=EOS)
+    generator = Generator(model, search=search, batch_size=2, bos_id=BOS, max_new_tokens=6)
+    first = generator.tokens(params, [[BOS, 5, 7]])
+    assert len(first) == 1 and 1 <= len(first[0]) <= 6
+    with no_compilation():
+        again = generator.tokens(params, [[BOS] * BUCKET, [BOS, 5, 7], [4]])
+    assert len(again) == 3 and again[1] == first[0]
+    with pytest.raises(RuntimeError, match="compiled while"), no_compilation():
+        generator.tokens(params, [[BOS] * (BUCKET + 1)])
+    expected = {i: decoded.tokens[: decoded.length] for i, decoded in generator(params, [[4]])}
+    assert again[2] == expected[0].tolist()
+
+
+@both_models
+def test_a_prompt_without_tokens_is_refused(model_type):
+    model, params = make_model(model_type)
+    generator = Generator(model, search=greedy, batch_size=2, bos_id=BOS)
+    with pytest.raises(ValueError, match="prompt 2 has no tokens"):
+        generator.tokens(params, [[4], []])
 
 
 @both_models

@@ -348,3 +348,47 @@ def test_a_chunk_for_beams_is_refused():
     cache = attention.init_cache(2, 5).expand(3)
     with pytest.raises(ValueError, match="one token a row, not T=2"):
         attention.prefill(normal(0, 6, 2, D), cache)
+
+
+@pytest.mark.parametrize(
+    ("search", "kv_heads", "window"),
+    [
+        ("greedy", 4, None),
+        ("greedy", 1, None),
+        ("greedy", 1, 3),
+        ("beam_search", 4, None),
+        ("beam_search", 1, None),  # Of a ring, which is small, beams do move the rows.
+    ],
+)
+def test_no_cache_is_copied_in_the_compiled_loop(search, kv_heads, window):
+    """In the optimized HLO; greedy decoding is given its cache, beam search makes its own."""
+    config = mqa_jax.TransformerConfig(
+        vocab_size=11,
+        d_model=12,
+        d_ff=17,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        head_dim=5,
+        max_length=29,
+        window=window,
+    )
+    model = mqa_jax.DecoderOnly(config, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    options = dict(beam_size=3, eos_id=7) if search == "beam_search" else {}
+
+    @functools.partial(jax.jit, donate_argnums=1 if search == "greedy" else ())
+    def run(params, cache, tokens_B):
+        model = nnx.merge(graphdef, params)
+        decode = getattr(mqa_jax, search)
+        decoded = decode(model.decode, cache, tokens_B, max_new_tokens=23, **options)
+        return decoded.tokens, decoded.cache
+
+    cache = model.init_cache(2, 29)
+    hlo = run.lower(params, cache, jnp.array([2, 5])).compile().as_text()
+    beams = cache if search == "greedy" else decoding.expand(cache, 3)
+    for shape in {x.shape for layer in (*cache, *beams) for x in (layer.key, layer.value)}:
+        array = re.escape(f"f32[{','.join(map(str, shape))}]")
+        assert re.search(array, hlo), "the loop must have such an array"
+        copies = re.findall(rf".* = {array}\S* copy(?:-start)?\(.*", hlo)
+        assert not copies, copies
