@@ -277,15 +277,12 @@ def beam_search(
     def advance(state):
         step, tokens_R, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, cache = state
         logits_RV, cache = step_fn(tokens_R, cache)
-        logits_RV = logits_RV.astype(jnp.float32)
-        # At most one candidate of a beam ends it, so the best 2b hold at least b that do not; and
-        # none of them is behind the best 2b of its own beam.
-        best_Rc, token_Rc = lax.top_k(logits_RV, min(2 * beam_size, vocab_size))
-        log_prob_Rc = best_Rc - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
-        candidate_Bbc = live_Bb[:, :, None] + log_prob_Rc.reshape(batch, beam_size, -1)
-        score_Bc, index_Bc = lax.top_k(candidate_Bbc.reshape(batch, -1), 2 * beam_size)
-        parent_Bc = index_Bc // candidate_Bbc.shape[2]
-        token_Bc = token_Rc.reshape(batch, -1)[rows_B1, index_Bc]
+        log_prob_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
+        candidate_BbV = live_Bb[:, :, None] + log_prob_RV.reshape(batch, beam_size, vocab_size)
+
+        # At most one candidate of a beam ends it, so the best 2b hold at least b that do not.
+        score_Bc, index_Bc = lax.top_k(candidate_BbV.reshape(batch, -1), 2 * beam_size)
+        parent_Bc, token_Bc = index_Bc // vocab_size, index_Bc % vocab_size
         candidate_BcL = lax.dynamic_update_index_in_dim(
             live_BbL[rows_B1, parent_Bc], token_Bc, step, axis=2
         )
