@@ -108,7 +108,7 @@ def decode_text(workdir: Path) -> None:
         best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0].tolist()
         unended += EOS_ID not in best
         # A model can spell a line break byte by byte; each input has one line of output.
-        outputs[i] = tokenizer.decode(best).replace("\n", " ")
+        outputs[i] = " ".join(tokenizer.decode(best).splitlines())
         progress.update()
     progress.close()
 

@@ -156,9 +156,7 @@ def test_decode_writes_a_line_for_each_and_prints_figures(project, tmp_path, sea
     # The same from standard input to standard output, in another order and other batches.
     lines = source.read_text().splitlines()
     if "--sample" not in search:  # what a line draws depends on where it stands
-        piped = run_well(
-            *decode, "--batch_size=5", cwd=tmp_path, input="\n".join(lines[::-1]) + "\n"
-        )
+        piped = run_well(*decode, cwd=tmp_path, input="\n".join(lines[::-1]) + "\n")
         assert piped.stdout.splitlines()[::-1] == output.read_text().splitlines()
 
 

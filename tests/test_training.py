@@ -316,12 +316,12 @@ def test_dropout_depends_on_seed_and_step_alone():
 SHARD_SHAPES = {  # Of the sizes above, on the mesh (2, 2, 2).
     "embedding/table": (11, 7),
     "positions/table": (MAX_LENGTH, 7),
-    "attention/query": (7, 2, 5),
-    "attention/key": (7, 1, 5),
-    "attention/value": (7, 1, 5),
-    "attention/out": (2, 5, 7),
-    "feed_forward/wi": (7, 9),
-    "feed_forward/wo": (9, 7),
+    "attention/query": (2, 5, 7),
+    "attention/key": (1, 5, 7),
+    "attention/value": (1, 5, 7),
+    "attention/out": (7, 2, 5),
+    "feed_forward/wi": (9, 7),
+    "feed_forward/wo": (7, 9),
     "scale": None,
 }
 
