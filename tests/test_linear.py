@@ -42,14 +42,13 @@ def test_gradients_flow_through_every_form(rows):
     np.testing.assert_allclose(d_weight, np.broadcast_to(x.sum(0), weight.shape), rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-def test_a_loop_reads_a_bfloat16_weight_as_it_is(rows):
+def test_a_loop_reads_a_bfloat16_weight_as_it_is():
     """Nothing outside the loop makes a float32 copy of the weight."""
 
     def loop(x, weight):
         return jax.lax.fori_loop(0, 9, lambda _, x: linear(x, weight), x)
 
-    x, weight = normal(0, rows, 257, dtype="bfloat16"), normal(1, 257, 257, dtype="bfloat16")
+    x, weight = normal(0, 1, 257, dtype="bfloat16"), normal(1, 257, 257, dtype="bfloat16")
     if jax.default_backend() != "cpu":
         pytest.skip("the form is chosen for CPUs")
     entry = jax.jit(loop).lower(x, weight).compile().as_text().split("ENTRY")[1]
