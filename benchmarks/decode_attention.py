@@ -1,11 +1,13 @@
-"""One decode step's attention on a GPU: the kernel and XLA's own code, against read bandwidth.
+"""One decode step's attention: the engine's way and the plain way, against read bandwidth.
 
     python benchmarks/decode_attention.py [--sweep] [--output=FILE]
+    python benchmarks/decode_attention.py --dtype=float32 --shapes=8x2048
 
-bfloat16, 8 query heads of 128, one new token a row, every slot of the cache filled. Each call goes
-through several caches in turn, more than fit into the GPU's second-level cache. `--sweep` tries the
-kernel's blocks, splits, warps and stages as well, which is how its defaults were found. The sum of
-all keys and values is there to tell what reading so few bytes can reach at all.
+8 query heads of 128, one new token a row, every slot of the cache filled, multi-query and
+multi-head. Each call goes through several caches in turn, more than fit into a processor's own
+caches. On a GPU the engine's way is its kernel, of which `--sweep` tries other blocks, splits,
+warps and stages: that is how its defaults were found. The sum of all keys and values is there to
+tell what reading so few bytes can reach at all.
 
 Array letters: B batch   S slots   K key/value heads   N query heads   H head dim
 """
@@ -23,14 +25,18 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax import Array
 
-from mqa_jax.attention import _attend, padding_mask
+from mqa_jax.attention import _attend, _attend_to_cache, padding_mask
 from mqa_jax.flash_decode import flash_decode
+from mqa_jax.roofline import probe
 
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of queries and caches.")
+SHAPES = flags.DEFINE_list(
+    "shapes", ["1024x256", "128x2048", "64x8192", "16x16384", "1x131072"], "Rows x slots."
+)
 SWEEP = flags.DEFINE_bool("sweep", False, "Try other settings of the kernel than its own.")
 OUTPUT = flags.DEFINE_string("output", None, "Where to write the figures as JSON.")
 
 N, H = 8, 128
-SHAPES = ((1024, 256), (128, 2048), (64, 8192), (16, 16384), (1, 131072))
 ROTATED_BYTES = 4e8
 
 
@@ -48,34 +54,25 @@ def milliseconds(function: Callable[..., Array], sets: list[tuple[Array, ...]]) 
     return 1e3 * statistics.median(times) / len(sets)
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of a plain sum, the best of several."""
-    x = jnp.ones(2**30, jnp.float32)
-    total = jax.jit(jnp.sum)
-    jax.block_until_ready(total(x))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready([total(x) for _ in range(4)])
-        best = min(best, (time.perf_counter() - start) / 4)
-    return x.nbytes / best
-
-
 def main(_) -> None:
-    bandwidth = read_bandwidth()
+    if SWEEP.value and jax.default_backend() != "gpu":
+        raise app.UsageError("--sweep is of the kernel, which runs on a GPU")
+    bandwidth = 1e9 * probe(DTYPE.value).gb_per_s
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, reads {bandwidth / 1e12:.2f} TB/s"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {DTYPE.value}, reads "
+        f"{bandwidth / 1e9:.1f} GB/s"
     )
     records = []
-    for (batch, slots), kv_heads in itertools.product(SHAPES, (1, 8)):
-        cache_bytes = 2 * 2 * batch * kv_heads * slots * H
+    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.value]
+    for (batch, slots), kv_heads in itertools.product(shapes, (1, 8)):
+        cache_bytes = 2 * jnp.dtype(DTYPE.value).itemsize * batch * kv_heads * slots * H
         keys = jax.random.split(jax.random.key(0), max(2, int(ROTATED_BYTES / cache_bytes)))
 
         @jax.jit
         def arrays(key, batch=batch, kv_heads=kv_heads, slots=slots):
             shapes = (batch, 1, N, H), (batch, kv_heads, slots, H), (batch, kv_heads, slots, H)
             return tuple(
-                jax.random.normal(k, shape, jnp.bfloat16)
+                jax.random.normal(k, shape, DTYPE.value)
                 for k, shape in zip(jax.random.split(key, 3), shapes, strict=True)
             )
 
@@ -84,15 +81,16 @@ def main(_) -> None:
         def plain(query, key, value, end):
             return _attend(query, key, value, padding_mask(end, key.shape[2]))
 
-        def kernel(query, key, value, end, **options):
-            return flash_decode(query, key, value, end_B=end, scale=H**-0.5, **options)
+        def engine(query, key, value, end):
+            mask = padding_mask(end, key.shape[2])
+            return _attend_to_cache(query, key, value, mask, end_B=end)
 
         def total(query, key, value, end):
             return jnp.sum(key, dtype=jnp.float32) + jnp.sum(value, dtype=jnp.float32)
 
-        expected, actual = (jax.jit(f)(*sets[0]).astype(jnp.float32) for f in (plain, kernel))
+        expected, actual = (jax.jit(f)(*sets[0]).astype(jnp.float32) for f in (plain, engine))
         error = float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
-        candidates = {"sum of both": total, "xla": plain, "kernel": kernel}
+        candidates = {"sum of both": total, "plain": plain, "engine": engine}
         if SWEEP.value:
             settings = itertools.product((1, 2, 4, 8, 16, 32, 64, 128), (64, 128), (4, 8), (2, 3))
             for splits, block, warps, stages in settings:
@@ -100,7 +98,13 @@ def main(_) -> None:
                 if splits == 1 or 128 <= batch * kv_heads * splits <= 512:
                     name = f"kernel {splits=} {block=} {warps=} {stages=}"
                     candidates[name] = functools.partial(
-                        kernel, splits=splits, block=block, num_warps=warps, num_stages=stages
+                        lambda query, key, value, end, **options: flash_decode(
+                            query, key, value, end_B=end, scale=H**-0.5, **options
+                        ),
+                        splits=splits,
+                        block=block,
+                        num_warps=warps,
+                        num_stages=stages,
                     )
         for name, function in candidates.items():
             try:
@@ -116,7 +120,7 @@ def main(_) -> None:
             records.append(record)
             print(
                 f"B={batch:5d} S={slots:6d} K={kv_heads} {name:40s} {1e3 * ms:7.1f} us "
-                f"{record['bytes_per_second'] / 1e12:5.2f} TB/s {100 * record['fraction']:4.0f} %  "
+                f"{record['bytes_per_second'] / 1e9:7.1f} GB/s {100 * record['fraction']:4.0f} %  "
                 f"error {error:.1e}",
                 flush=True,
             )

@@ -170,10 +170,11 @@ class _Bench:
         self_cache, cross = abstract_caches(self.model, self.batch, self.context_length)
         flops_of = functools.partial(step_flops, self.model, (self_cache, cross))
         if search == "greedy":
-            steps, times_ms, reorder_ms = *self._greedy(), None
+            steps, times_ms, alone_ms, reorder_ms = *self._greedy(), self._alone(), None
             flops = flops_of(self.batch)
         else:
             steps, times_ms, reorder_ms = self._beam()
+            alone_ms = None
             flops = flops_of(self.batch * BEAM_SIZE)
             self_cache = expanded(self_cache, BEAM_SIZE)
         step_ms = statistics.median(times_ms)
@@ -193,6 +194,7 @@ class _Bench:
             step_ms=step_ms,
             step_ms_min=min(times_ms),
             step_ms_max=max(times_ms),
+            step_alone_ms=alone_ms,
             reorder_ms=reorder_ms,
             encode_us_per_token=None if self.encode_ms is None else 1e3 * self.encode_ms / tokens,
             step_us_per_token=1e3 * step_ms / self.batch,
@@ -257,6 +259,29 @@ class _Bench:
             return seconds
 
         return self.steps, [ms / self.steps for ms in milliseconds(run, self.repeats)]
+
+    def _alone(self) -> float:
+        """The milliseconds of a greedy step that Python calls, one after the other."""
+
+        def step(params, cache, context, tokens_B: Array):
+            logits_BV, cache = self._step_fn(params, context)(tokens_B, cache)
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
+
+        program = self._compile(
+            step, self.params, self.cache, self.context, self.tokens_B, donate=1
+        )
+
+        def steps() -> Array:
+            tokens_B = self.tokens_B
+            for _ in range(self.steps):
+                tokens_B, self.cache = program(self.params, self.cache, self.context, tokens_B)
+            return tokens_B
+
+        def run() -> float:
+            self.cache = _with_length(self.cache, self.context_length - self.steps)
+            return timed(steps)[0]
+
+        return statistics.median(milliseconds(run, self.repeats)) / self.steps
 
     def _beam(self) -> tuple[int, list[float], float]:
         """As `_greedy`, and the milliseconds that reordering takes of a step."""

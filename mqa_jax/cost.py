@@ -30,6 +30,9 @@ class Cost:
       step_ms: one step inside the on-device loop, median of the runs.
       step_ms_min: that of the fastest run.
       step_ms_max: that of the slowest run.
+      step_alone_ms: greedy search only, else null: the same step as a program of its own, its
+        caches donated, called from Python once a token, median of the runs. By how much `step_ms`
+        is more than this, the loop costs.
       reorder_ms: beam search only, else null: what moving the self-attention caches among the
         hypotheses takes of `step_ms`, median of the runs, measured alone.
       encode_us_per_token: `encode_ms` an output token, there being as many as source tokens; in
@@ -59,6 +62,7 @@ class Cost:
     step_ms: float
     step_ms_min: float
     step_ms_max: float
+    step_alone_ms: float | None
     reorder_ms: float | None
     encode_us_per_token: float | None
     step_us_per_token: float

@@ -55,6 +55,7 @@ def test_times_follow_from_one_another(costs):
         assert 0 < cost.step_ms_min <= cost.step_ms <= cost.step_ms_max
         assert cost.step_us_per_token == pytest.approx(1000 * cost.step_ms / 3)
         assert (cost.reorder_ms is None) == (cost.search == "greedy")
+        assert (cost.step_alone_ms is None) == (cost.search == "beam")
     for cost in costs[:2]:
         assert cost.encode_us_per_token == pytest.approx(1000 * cost.encode_ms / (3 * 37))
     for cost in costs[2:]:
@@ -102,6 +103,27 @@ def test_steps_fill_the_cache_up_to_its_end(monkeypatch, costs):
     for layer in benches[0].cache:
         assert layer.length.tolist() == [5, 5, 5]
         assert np.abs(layer.key).min() > 0
+
+
+def test_a_step_alone_is_one_of_as_many_calls(monkeypatch):
+    times_ms = iter([7.0, 10.0, 12.0])  # prefill, the loop, as many calls
+
+    def milliseconds(run, repeats, once_if_long=False):
+        run()
+        return [next(times_ms)]
+
+    calls = []
+    original = benchmark._Bench._compile
+
+    def compiled(self, function, *args, **options):
+        program = original(self, function, *args, **options)
+        return lambda *args: calls.append(function.__name__) or program(*args)
+
+    monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
+    monkeypatch.setattr(benchmark._Bench, "_compile", compiled)
+    (cost,) = sweep(CONTINUE)
+    assert (cost.step_ms, cost.step_alone_ms) == (10 / 4, 12 / 4)
+    assert calls == ["prefill", "decode", *["step"] * 4]
 
 
 def test_dtypes_are_those_of_the_configs_or_those_asked_for():

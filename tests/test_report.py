@@ -30,6 +30,7 @@ COST = Cost(
     step_ms=40.0,
     step_ms_min=38.5,
     step_ms_max=123.4,
+    step_alone_ms=41.0,
     reorder_ms=None,
     encode_us_per_token=1000.0,
     step_us_per_token=5000.0,
