@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mqa_jax.sharding import ShardingRules
+from mqa_jax.sharding import ShardingRules, born_sharded
 from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
 
 Batch = Mapping[str, Array]
@@ -144,8 +144,9 @@ def init_state(
     model = nnx.eval_shape(make_model)
     shardings = rules.params(mesh, nnx.state(model))
     replicated = NamedSharding(mesh, PartitionSpec())
-    # Not one jitted function of the whole model: that takes XLA a second a weight to compile.
-    params = jax.device_put(nnx.state(make_model()), shardings)
+    with born_sharded(mesh, rules):
+        params = nnx.state(make_model())
+    params = jax.device_put(params, shardings)  # What `param` did not make: norms, which are small.
 
     def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
         # Adafactor's factored moments have other shapes than their weights, and are small.
@@ -190,10 +191,13 @@ def make_train_step(
     seed: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted update; the state handed in is donated.
 
     Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
+    Where the loss or a gradient is not finite the update is skipped: weights and optimizer stay as
+    they are, and only the step, which is the position in the data, goes on.
 
     Args:
       model: its structure, from `init_state`.
@@ -202,11 +206,20 @@ def make_train_step(
       seed: of dropout.
       label_smoothing: see `cross_entropy`.
       z_loss: see `cross_entropy`.
+      accumulate: gradients of so many parts of a batch are summed one after the other before the
+        update, which saves memory; it must divide the rows of a batch.
 
     Returns:
       a function of state and batch to the new state and the metrics `loss`, `ln_perplexity` (both
-      the mean a target token, in nats), `accuracy`, `gradient_norm` and `tokens` (target tokens).
+      the mean a target token, in nats), `accuracy`, `gradient_norm`, `tokens` (target tokens) and
+      `skipped` (1 for an update that was skipped, else 0).
+
+    Raises:
+      ValueError: `accumulate` below 1, or (of the function returned) a batch that it does not
+        divide.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     graphdef = nnx.graphdef(model)
 
     def loss_fn(params: nnx.State, batch: Batch, key: Array):
@@ -215,15 +228,50 @@ def make_train_step(
             logits_BTV, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss
         )
         sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
-        return sums["loss"] / jnp.maximum(sums["tokens"], 1), sums
+        return sums["loss"], sums
+
+    def gradients_and_sums(params: nnx.State, batch: Batch, key: Array):
+        """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
+        gradient = jax.grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            return gradient(params, batch, key)
+
+        def part(x: Array) -> Array:
+            """`[B, ...]` to `[accumulate, B / accumulate, ...]`, each row where it lies."""
+            if x.shape[0] % accumulate:
+                raise ValueError(
+                    f"a batch of {x.shape[0]} rows cannot be taken in {accumulate} parts: choose "
+                    "train.accumulate so that it divides train.batch_size"
+                )
+            return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+
+        def add(total, part_and_key):
+            return jax.tree.map(jnp.add, total, gradient(params, *part_and_key)), None
+
+        parts = jax.tree.map(part, dict(batch)), jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first)
+        )
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # The rbg generator is several times faster than the default, on TPU and CPU alike.
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
-        gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
+        gradients, sums = gradients_and_sums(state.params, batch, key)
+        tokens = jnp.maximum(sums["tokens"], 1)
+        gradients = jax.tree.map(lambda x: (x / tokens).astype(x.dtype), gradients)
+        gradient_norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = mean_metrics(sums) | {"gradient_norm": optax.tree.norm(gradients)}
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = (~is_finite).astype(jnp.float32)
+        metrics = mean_metrics(sums) | {"gradient_norm": gradient_norm, "skipped": skipped}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
