@@ -3,6 +3,10 @@
 python train.py --config=configs/multi30k.py:multi_query --workdir=DIR [--config.train.steps=1000]
 
 The same command again resumes the run where it stopped.
+
+python train.py --config=configs/wmt14.py:multi_query --compile_only=v5e:4x4
+
+only compiles, for a TPU that need not be here, and tells whether it fits, and what it moves.
 """
 
 import functools
@@ -18,6 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
+from mqa_jax import compile_only
 from mqa_jax import workdir as workdirs
 from mqa_jax.checkpoint import Checkpoints
 from mqa_jax.data import loader
@@ -39,6 +44,9 @@ from mqa_jax.training import (
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; made if it is not there.")
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "A TPU topology, such as v5e:4x4: compiles for it, tells, trains nothing."
+)
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -171,11 +179,15 @@ def make_evaluate(config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, d
     return evaluate
 
 
-def main(_) -> None:
+def main(_) -> int | None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
+    if COMPILE_ONLY.value:
+        return compile_only.train(CONFIG.value, COMPILE_ONLY.value)
+    if WORKDIR.value is None:
+        raise app.UsageError("give --workdir to train, or --compile_only")
     train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

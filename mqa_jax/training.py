@@ -118,6 +118,40 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def abstract_state(
+    build: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules | None = None,
+) -> tuple[nnx.Module, TrainState]:
+    """As `init_state`, with shapes and shardings in place of arrays: allocates nothing."""
+    rules = rules or ShardingRules()
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
+    params = nnx.state(model)
+    shardings = rules.params(mesh, params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's factored moments have other shapes than their weights, and are small.
+        return sharding if moment.shape == param.shape else replicated
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        like_its_param,
+        opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    return model, jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        TrainState(replicated, shardings, opt_shardings),
+    )
+
+
 def init_state(
     build: Callable[..., nnx.Module],
     optimizer: optax.GradientTransformation,
@@ -136,31 +170,12 @@ def init_state(
       the model with shapes in place of weights, which the functions below take their structure
       from, and the state.
     """
-    rules = rules or ShardingRules()
-
-    def make_model() -> nnx.Module:
-        return build(rngs=nnx.Rngs(params=seed))
-
-    model = nnx.eval_shape(make_model)
-    shardings = rules.params(mesh, nnx.state(model))
-    replicated = NamedSharding(mesh, PartitionSpec())
+    model, abstract = abstract_state(build, optimizer, mesh, rules)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Not one jitted function of the whole model: that takes XLA a second a weight to compile.
-    params = jax.device_put(nnx.state(make_model()), shardings)
-
-    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
-        # Adafactor's factored moments have other shapes than their weights, and are small.
-        return sharding if moment.shape == param.shape else replicated
-
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        like_its_param,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return model, TrainState(jax.device_put(jnp.int32(0), replicated), params, opt_state)
+    params = jax.device_put(nnx.state(build(rngs=nnx.Rngs(params=seed))), shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
 def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
