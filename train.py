@@ -32,15 +32,7 @@ from mqa_jax.decoding import greedy
 from mqa_jax.generate import LineDecoder
 from mqa_jax.metrics import MetricLog, bleu, exact_match
 from mqa_jax.sharding import ShardingRules, make_mesh
-from mqa_jax.training import (
-    build_model,
-    build_optimizer,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    mean_metrics,
-    rsqrt_schedule,
-)
+from mqa_jax.training import make_eval_step, mean_metrics, set_up
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; made if it is not there.")
@@ -56,29 +48,12 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     mesh = make_mesh(**config.mesh)
     settings = config.train
-    schedule = rsqrt_schedule(
-        settings.learning_rate,
-        settings.steps,
-        hold_steps=settings.hold_steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-    )
-    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
-    build = functools.partial(build_model, config.task, config.model.to_dict())
-    model, state = init_state(build, optimizer, mesh, settings.seed)
+    model, state, train_step, schedule = set_up(config, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     checkpoints = Checkpoints(path / workdirs.CHECKPOINTS, keep=settings.keep_checkpoints)
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state)
     start = int(state.step)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        state,
-        seed=settings.seed,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-    )
     evaluate = make_evaluate(config, model, tokenizer, data)
     put = functools.partial(put_batch, mesh)
 

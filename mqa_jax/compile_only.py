@@ -9,7 +9,6 @@ Array letters: B batch   C context length
 
 import collections
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import math
@@ -29,14 +28,7 @@ from ml_collections import ConfigDict
 
 from mqa_jax.roofline import abstract_caches
 from mqa_jax.sharding import ShardingRules, make_mesh
-from mqa_jax.training import (
-    MODELS,
-    abstract_state,
-    build_model,
-    build_optimizer,
-    make_train_step,
-    rsqrt_schedule,
-)
+from mqa_jax.training import MODELS, set_up
 from mqa_jax.transformer import TransformerConfig
 
 GIB = 2**30
@@ -392,32 +384,14 @@ def train(config: ConfigDict, topology_name: str) -> int:
 
     topology = find_topology(topology_name)
     mesh = make_mesh(**config.mesh, devices=topology.devices)
-    settings = config.train
-    schedule = rsqrt_schedule(
-        settings.learning_rate,
-        settings.steps,
-        hold_steps=settings.hold_steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-    )
-    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
-    build = functools.partial(build_model, config.task, config.model.to_dict())
-    model, state = abstract_state(build, optimizer, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        state,
-        seed=settings.seed,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-    )
+    batch_size = config.train.batch_size
+    _, state, step, _ = set_up(config, mesh, is_abstract=True)
     row = to_arrays([], config.data.source_length, config.data.target_length)
     batch = {
-        name: _abstract(mesh, "BT", (settings.batch_size, *x.shape), x.dtype)
-        for name, x in row.items()
+        name: _abstract(mesh, "BT", (batch_size, *x.shape), x.dtype) for name, x in row.items()
     }
     fits = report(
-        f"a train step, batch {settings.batch_size}",
+        f"a train step, batch {batch_size}",
         topology,
         mesh,
         step.lower(state, batch),

@@ -4,6 +4,7 @@ Array letters: B batch   T target length   V vocabulary
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -243,6 +244,43 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def set_up(
+    config: Any, mesh: Mesh, *, is_abstract: bool = False
+) -> tuple[nnx.Module, TrainState, Callable[[TrainState, Batch], tuple], optax.Schedule]:
+    """What a config file trains, for train.py to run and for `compile_only` to compile.
+
+    Args:
+      config: a config file's `ConfigDict`.
+      is_abstract: `abstract_state` in place of `init_state`.
+
+    Returns:
+      the model's structure, the state, the train step, and the learning rate by step.
+    """
+    settings = config.train
+    schedule = rsqrt_schedule(
+        settings.learning_rate,
+        settings.steps,
+        hold_steps=settings.hold_steps,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+    )
+    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
+    build = functools.partial(build_model, config.task, config.model.to_dict())
+    if is_abstract:
+        model, state = abstract_state(build, optimizer, mesh)
+    else:
+        model, state = init_state(build, optimizer, mesh, settings.seed)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        state,
+        seed=settings.seed,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+    )
+    return model, state, train_step, schedule
 
 
 def make_eval_step(model: nnx.Module) -> Callable[[nnx.State, Batch], Metrics]:
