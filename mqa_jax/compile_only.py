@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mqa_jax.roofline import abstract_caches
+from mqa_jax.roofline import abstract_caches, step_weights
 from mqa_jax.sharding import ShardingRules, make_mesh
 from mqa_jax.training import MODELS, set_up
 from mqa_jax.transformer import TransformerConfig
@@ -154,7 +154,7 @@ class Collectives:
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations)="
-    r"\{?((?:%?[\w.-]+(?:, )?)+)"
+    r"(\{[^}]*\}|%?[\w.-]+)"
 )
 _COLLECTIVE = re.compile(
     r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter"
@@ -181,7 +181,7 @@ class Program:
                 continue
             self.instructions.append((computation, line))
             for how, names in _CALLED.findall(line):
-                names = [name.strip("% ") for name in names.split(",")]
+                names = re.findall(r"[\w.-]+", names)
                 called[computation] += names
                 if how in ("body", "condition"):
                     waiting += names
@@ -284,6 +284,7 @@ def report(
     lowered: jax.stages.Lowered,
     kinds: Mapping,
     advice: str,
+    least_bytes: int | None = None,
 ) -> bool:
     """Compiles a step and prints what there is to know of it.
 
@@ -292,6 +293,7 @@ def report(
       lowered: the step.
       kinds: what it is given, trees of abstract arrays, by what they are.
       advice: what makes it need less memory.
+      least_bytes: what a device must read, where that is known.
 
     Returns:
       whether it fits.
@@ -335,12 +337,17 @@ def report(
     print(
         f"{1e-9 * flops:.4g} GFLOP a device: {1e-9 * flops / device.tflop_per_s:.3g} ms at the "
         f"published {device.tflop_per_s:g} TFLOP/s\n"
-        f"{1e-9 * num_bytes:.4g} GB accessed a device: {1e-6 * num_bytes / device.gb_per_s:.3g} ms "
-        f"at the published {device.gb_per_s:g} GB/s"
+        f"{1e-9 * num_bytes:.4g} GB accessed a device, on-chip memory included: "
+        f"{1e-6 * num_bytes / device.gb_per_s:.3g} ms at the published {device.gb_per_s:g} GB/s"
     )
+    if least_bytes is not None:
+        print(
+            f"{1e-9 * least_bytes:.4g} GB of weights, keys and values to be read: "
+            f"{1e-6 * least_bytes / device.gb_per_s:.3g} ms at that rate"
+        )
     seconds = program.estimated_seconds(costs.get("optimal_seconds", 0.0))
     if seconds is None:
-        print("time: the compiler has no estimate; it cannot be less than the larger of those two")
+        print("time: the compiler has no estimate; not less than what these peaks allow")
     else:
         print(
             f"time: {1e3 * seconds:.3g} ms by the compiler's cost model, which adds up operations "
@@ -363,7 +370,10 @@ def _print_memory(sizes: Mapping[str, float]) -> None:
 
 
 def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.3f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.3f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"
 
 
 def train(config: ConfigDict, topology_name: str) -> int:
@@ -466,6 +476,7 @@ def decode(
             {"parameters": params, "cache": cache, "cross-attention": cross, "batch": tokens_B},
             "smaller --batch_sizes or --context_lengths, a larger topology, a variant with fewer "
             "key/value heads; --config.mesh.tensor splits parameters",
+            device_bytes(step_weights(nnx.merge(graphdef, params))) + device_bytes((cache, cross)),
         )
     return 0 if fits else 1
 
