@@ -3,6 +3,10 @@
 python train.py --config=configs/multi30k.py:multi_query --workdir=DIR [--config.train.steps=1000]
 
 The same command again resumes the run where it stopped.
+
+python train.py --config=configs/wmt14.py:multi_query --compile_only=v5e:4x4
+
+only compiles, for a TPU that need not be here, and tells whether it fits, and what it moves.
 """
 
 import functools
@@ -18,6 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
+from mqa_jax import compile_only
 from mqa_jax import workdir as workdirs
 from mqa_jax.checkpoint import Checkpoints
 from mqa_jax.data import loader
@@ -27,18 +32,13 @@ from mqa_jax.decoding import greedy
 from mqa_jax.generate import LineDecoder
 from mqa_jax.metrics import MetricLog, bleu, exact_match
 from mqa_jax.sharding import ShardingRules, make_mesh
-from mqa_jax.training import (
-    build_model,
-    build_optimizer,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    mean_metrics,
-    rsqrt_schedule,
-)
+from mqa_jax.training import make_eval_step, mean_metrics, set_up
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; made if it is not there.")
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "A TPU topology, such as v5e:4x4: compiles for it, tells, trains nothing."
+)
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -48,29 +48,12 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     mesh = make_mesh(**config.mesh)
     settings = config.train
-    schedule = rsqrt_schedule(
-        settings.learning_rate,
-        settings.steps,
-        hold_steps=settings.hold_steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-    )
-    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
-    build = functools.partial(build_model, config.task, config.model.to_dict())
-    model, state = init_state(build, optimizer, mesh, settings.seed)
+    model, state, train_step, schedule = set_up(config, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     checkpoints = Checkpoints(path / workdirs.CHECKPOINTS, keep=settings.keep_checkpoints)
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state)
     start = int(state.step)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        state,
-        seed=settings.seed,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-    )
     evaluate = make_evaluate(config, model, tokenizer, data)
     put = functools.partial(put_batch, mesh)
 
@@ -171,11 +154,15 @@ def make_evaluate(config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, d
     return evaluate
 
 
-def main(_) -> None:
+def main(_) -> int | None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
+    if COMPILE_ONLY.value:
+        return compile_only.train(CONFIG.value, COMPILE_ONLY.value)
+    if WORKDIR.value is None:
+        raise app.UsageError("give --workdir to train, or --compile_only")
     train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -113,13 +113,18 @@ class ShardingRules:
         return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices with the axes `data`, `fsdp`, `tensor`; one size may be -1, the rest.
+
+    Args:
+      devices: which ones; those that JAX runs on when None.
 
     Raises:
       ValueError: sizes whose product is not the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
@@ -128,4 +133,6 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use the {count} devices "
             "here: the product must be their number, and one of the sizes may be -1"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )

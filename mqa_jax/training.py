@@ -4,6 +4,7 @@ Array letters: B batch   T target length   V vocabulary
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,6 +119,40 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def abstract_state(
+    build: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules | None = None,
+) -> tuple[nnx.Module, TrainState]:
+    """As `init_state`, with shapes and shardings in place of arrays: allocates nothing."""
+    rules = rules or ShardingRules()
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
+    params = nnx.state(model)
+    shardings = rules.params(mesh, params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's factored moments have other shapes than their weights, and are small.
+        return sharding if moment.shape == param.shape else replicated
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        like_its_param,
+        opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    return model, jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        TrainState(replicated, shardings, opt_shardings),
+    )
+
+
 def init_state(
     build: Callable[..., nnx.Module],
     optimizer: optax.GradientTransformation,
@@ -136,32 +171,14 @@ def init_state(
       the model with shapes in place of weights, which the functions below take their structure
       from, and the state.
     """
-    rules = rules or ShardingRules()
-
-    def make_model() -> nnx.Module:
-        return build(rngs=nnx.Rngs(params=seed))
-
-    model = nnx.eval_shape(make_model)
-    shardings = rules.params(mesh, nnx.state(model))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    with born_sharded(mesh, rules):
-        params = nnx.state(make_model())
-    params = jax.device_put(params, shardings)  # What `param` did not make: norms, which are small.
-
-    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
-        # Adafactor's factored moments have other shapes than their weights, and are small.
-        return sharding if moment.shape == param.shape else replicated
-
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        like_its_param,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return model, TrainState(jax.device_put(jnp.int32(0), replicated), params, opt_state)
+    model, abstract = abstract_state(build, optimizer, mesh, rules)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with born_sharded(mesh, rules or ShardingRules()):
+        params = nnx.state(build(rngs=nnx.Rngs(params=seed)))
+    # What `param` did not make: the norms, which are small.
+    params = jax.device_put(params, shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
 def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
@@ -276,6 +293,44 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def set_up(
+    config: Any, mesh: Mesh, *, is_abstract: bool = False
+) -> tuple[nnx.Module, TrainState, Callable[[TrainState, Batch], tuple], optax.Schedule]:
+    """What a config file trains, for train.py to run and for `compile_only` to compile.
+
+    Args:
+      config: a config file's `ConfigDict`.
+      is_abstract: `abstract_state` in place of `init_state`.
+
+    Returns:
+      the model's structure, the state, the train step, and the learning rate by step.
+    """
+    settings = config.train
+    schedule = rsqrt_schedule(
+        settings.learning_rate,
+        settings.steps,
+        hold_steps=settings.hold_steps,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+    )
+    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
+    build = functools.partial(build_model, config.task, config.model.to_dict())
+    if is_abstract:
+        model, state = abstract_state(build, optimizer, mesh)
+    else:
+        model, state = init_state(build, optimizer, mesh, settings.seed)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        state,
+        seed=settings.seed,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        accumulate=settings.accumulate,
+    )
+    return model, state, train_step, schedule
 
 
 def make_eval_step(model: nnx.Module) -> Callable[[nnx.State, Batch], Metrics]:
