@@ -333,6 +333,41 @@ def set_up(
     return model, state, train_step, schedule
 
 
+def train_flops(model: nnx.Module, batch: Mapping[str, Any]) -> int:
+    """Floating-point operations of a train step that the model itself asks for.
+
+    Two a weight and token forward, and four a query head, head dim and pair of positions in
+    attention (a causal mask or a window saves nothing, padding counts); twice as many backward.
+    Norms, dropout, the optimizer and what `remat` computes again do not count.
+
+    Args:
+      model: as `init_state` returns it.
+      batch: of (abstract) arrays, all of its rows.
+    """
+    rows, targets = batch["targets"].shape
+    config, decoder = model.config, model.decoder.layers[0]
+    pairs = targets * targets
+    # Weights that are multiplied with, and how many tokens each.
+    products = [(getattr(model, "softmax", model.embedding), targets)]
+    products += [(decoder.attention, targets), (decoder.feed_forward, targets)] * config.num_layers
+    if isinstance(model, EncoderDecoder):
+        sources = batch["source_tokens"].shape[1]
+        encoder, cross = model.encoder_layers[0], decoder.cross_attention
+        pairs += sources * sources + targets * sources
+        products += [
+            (encoder.attention, sources),
+            (encoder.feed_forward, sources),
+            (nnx.List([cross.query, cross.out]), targets),
+            (nnx.List([cross.key, cross.value]), sources),
+        ] * config.num_layers
+    forward = sum(
+        2 * sum(x.size for x in jax.tree.leaves(nnx.state(module))) * tokens
+        for module, tokens in products
+    )
+    forward += 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 3 * rows * forward
+
+
 def make_eval_step(model: nnx.Module) -> Callable[[nnx.State, Batch], Metrics]:
     """A jitted function of parameters and batch to sums over tokens, for `mean_metrics`."""
     graphdef = nnx.graphdef(model)

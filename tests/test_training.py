@@ -27,6 +27,7 @@ from mqa_jax.training import (
     make_train_step,
     mean_metrics,
     rsqrt_schedule,
+    train_flops,
 )
 
 BOS, MAX_LENGTH = 1, 16
@@ -310,6 +311,20 @@ def test_dropout_depends_on_seed_and_step_alone():
     evaluated = float(mean_metrics(make_eval_step(model)(state.params, batch))["loss"])
     assert evaluated not in losses
     np.testing.assert_allclose(np.mean(losses), evaluated, rtol=0.05)
+
+
+def test_flops_of_a_step():
+    """By hand: D=14, F=18, N=4, K=1, H=5, V=22, two layers; three rows of 7 source, 5 target."""
+    batch = make_batch([[]] * 3, 7, 5)
+    heads, ff = 14 * 5 * (4 + 1 + 1 + 4), 2 * 14 * 18
+    encoder = 7 * 2 * (heads + ff) + 4 * 4 * 5 * 7 * 7
+    decoder = 5 * 2 * (heads + ff) + 4 * 4 * 5 * 5 * 5
+    cross = 5 * 2 * 14 * 5 * 8 + 7 * 2 * 14 * 5 * 2 + 4 * 4 * 5 * 5 * 7
+    softmax = 5 * 2 * 14 * 22
+    expected = dict(translation=2 * (encoder + decoder + cross), language_model=2 * decoder)
+    for task, layers in expected.items():
+        model, _ = initial(task, GRADIENT_DESCENT, num_layers=2)
+        assert train_flops(model, batch) == 3 * 3 * (layers + softmax)
 
 
 @both_tasks
