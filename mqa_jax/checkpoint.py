@@ -81,7 +81,7 @@ class Checkpoints:
                 force=True,
             )
         except OSError as error:
-            raise self._failure(step, error) from error
+            raise self._failure(step, error) from None
         self._here = step
         self._saving = step, self._pool.submit(self._finish, unsigned, step)
 
@@ -107,10 +107,8 @@ class Checkpoints:
         """
         if self._saving:
             (step, future), self._saving = self._saving, None
-            try:
-                future.result()
-            except Exception as error:
-                raise self._failure(step, error) from error
+            if error := future.exception():
+                raise self._failure(step, error)
 
     def _failure(self, step: int, error: Exception) -> RuntimeError:
         return RuntimeError(
