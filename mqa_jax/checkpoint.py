@@ -48,7 +48,11 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self._directory = Path(directory).absolute()
         self._keep = keep
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            # Else it takes minutes until a directory that cannot be made is an error.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sign")
         self._saving: tuple[int, Future] | None = None
         # Not a look at the directory, which another process may have at another moment.
