@@ -2,14 +2,23 @@
 
 python train.py --config=configs/multi30k.py:multi_query --workdir=DIR [--config.train.steps=1000]
 
-The same command again resumes the run where it stopped.
+The same command again resumes the run where it stopped, and gives what it would have given.
+
+Exit codes: 0, all steps are done; 75, stopped by SIGTERM or SIGINT with a checkpoint of the last
+step that was done (a second SIGINT kills at once); 1, an error, which is printed. A run that is
+killed goes on from its newest whole checkpoint.
+
+With several processes each gets `--distributed` and the same other flags, as
+`mqa_jax.processes.initialize` says.
 
 python train.py --config=configs/wmt14.py:multi_query --compile_only=v5e:4x4
 
 only compiles, for a TPU that need not be here, and tells whether it fits, and what it moves.
 """
 
+import dataclasses
 import functools
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 from mqa_jax import compile_only
@@ -31,22 +40,33 @@ from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from mqa_jax.decoding import greedy
 from mqa_jax.generate import LineDecoder
 from mqa_jax.metrics import MetricLog, bleu, exact_match
+from mqa_jax.processes import Stop, first_process_first, initialize, row_share
+from mqa_jax.roofline import PEAK_TFLOP_PER_S
 from mqa_jax.sharding import ShardingRules, make_mesh
-from mqa_jax.training import make_eval_step, mean_metrics, set_up
+from mqa_jax.training import make_eval_step, mean_metrics, set_up, train_flops
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; made if it is not there.")
 COMPILE_ONLY = flags.DEFINE_string(
     "compile_only", None, "A TPU topology, such as v5e:4x4: compiles for it, tells, trains nothing."
 )
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
+PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout", 100, "Seconds after which a process that is not heard of counts as dead.", 1
+)
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later.
 
 
-def train(config: ConfigDict, workdir: str) -> None:
-    path = workdirs.claim(workdir, config)
-    data = prepare(config.data)
-    tokenizer = Tokenizer.load(workdirs.keep_tokenizer(path, data / "tokenizer.model"))
-
+def train(config: ConfigDict, workdir: str) -> int:
+    """Returns the exit code."""
     mesh = make_mesh(**config.mesh)
+    check(config, mesh)
+    with first_process_first():
+        path = workdirs.claim(workdir, config)
+        data = prepare(config.data)
+        tokenizer = Tokenizer.load(workdirs.keep_tokenizer(path, data / "tokenizer.model"))
+
     settings = config.train
     model, state, train_step, schedule = set_up(config, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -54,61 +74,142 @@ def train(config: ConfigDict, workdir: str) -> None:
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state)
     start = int(state.step)
-    evaluate = make_evaluate(config, model, tokenizer, data)
-    put = functools.partial(put_batch, mesh)
+    evaluate = make_evaluate(config, model, tokenizer, data, mesh)
 
-    log = MetricLog(path, settings.steps, start)
+    log = MetricLog(path, settings.steps, start) if jax.process_index() == 0 else NoLog()
     log.print(
         f"{parameters:,} parameters, {mesh.size} {jax.default_backend()} device(s), "
         f"step {start:,} to {settings.steps:,}"
     )
+    index, count = row_share(mesh, settings.batch_size)
     batches = loader.train_batches(
-        data, batch_size=settings.batch_size, seed=settings.seed, start=start
+        data,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        start=start,
+        process_index=index,
+        process_count=count,
     )
-    # The metrics of a step are fetched a step late, so that the device never waits for the host.
-    waiting, meter = None, Meter()
-    for step in range(start + 1, settings.steps + 1):
-        state, metrics = train_step(state, put(next(batches)))
+    stop = Stop()
+    # The metrics of a step are fetched a step late, so that the device never waits for the host:
+    # but at once where something hangs on whether the step was skipped.
+    flops = train_flops(
+        model, settings.batch_size, config.data.source_length, config.data.target_length
+    )
+    waiting, meter = None, Meter(log, 1e-12 * flops / mesh.size)
+    step, is_stopped = start, False
+    while step < settings.steps and not is_stopped:
+        state, metrics = train_step(state, put_batch(mesh, next(batches)))
+        step += 1
         if waiting:
-            meter.add(waiting)
-        waiting = metrics
-        if step % settings.log_every == 0 or step == settings.steps:
-            meter.add(waiting)
+            meter.add(*waiting)
+        waiting = step, metrics
+        is_last, is_stopped = step == settings.steps, stop(step)
+        is_logged = step % settings.log_every == 0 or is_last or is_stopped
+        is_saved = step % settings.checkpoint_every == 0 or is_last or is_stopped
+        if is_logged or is_saved or meter.skipped_in_a_row + 1 >= settings.max_skipped_steps:
+            meter.add(*waiting)
             waiting = None
+        if is_logged:
             log.write("train", step, meter.read() | {"learning_rate": schedule(step - 1)})
-        is_last = step == settings.steps
-        if step % settings.checkpoint_every == 0 or is_last:
-            checkpoints.save(state)
-        if step % settings.evaluate_every == 0 or is_last:
-            log.write("validation", step, evaluate(state.params, put, log.print))
+            checkpoints.check()
+        skipped = meter.skipped_in_a_row
+        is_hopeless = skipped >= settings.max_skipped_steps
+        if is_saved or is_hopeless:
+            # From before the skipped steps, so that a resumed run comes to the same end.
+            position = step if is_last and not is_hopeless else step - skipped
+            checkpoints.save(dataclasses.replace(state, step=jnp.int32(position)))
+        if is_hopeless:
+            checkpoints.close()
+            raise RuntimeError(
+                f"the loss or the gradient of {skipped} steps in a row, {position + 1} to {step}, "
+                f"was not finite. The checkpoint of step {position}, before them, is saved: lower "
+                "the learning rate, or look at the data"
+            )
+        if (step % settings.evaluate_every == 0 and not is_stopped) or is_last:
+            log.write("validation", step, evaluate(state.params, log.print))
             meter.restart()
     checkpoints.close()
+    is_done = step >= settings.steps
+    if not is_done:
+        log.print(f"stopped by a signal; the checkpoint of step {position:,} is saved")
     log.close()
+    return 0 if is_done else STOPPED
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a ValueError, before anything is compiled, for sizes that make no sense."""
+    axes = ShardingRules().B
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    for name in ("train", "evaluate"):
+        size = config[name].batch_size
+        if size < 1 or size % parts:
+            raise ValueError(
+                f"config.{name}.batch_size {size} cannot be split over the {parts} parts of the "
+                f"mesh axes {axes} (mesh {dict(mesh.shape)}): give a multiple of {parts}"
+            )
+    if config.train.max_skipped_steps < 1:
+        raise ValueError(f"max_skipped_steps {config.train.max_skipped_steps} is not 1 or more")
+
+
+class NoLog:
+    """What all processes but the first have for a log."""
+
+    def print(self, *_) -> None: ...
+
+    write = close = print
 
 
 class Meter:
-    """Means of the train metrics, and tokens a second, since the last reading."""
+    """Means of the train metrics, and the speed, since the last reading.
 
-    def __init__(self):
+    Target tokens a second; model flops a second of a device (`train_flops` has the formula), and
+    their share of its published peak in bfloat16 where that is known: the MFU.
+
+    Args:
+      log: is told of each skipped step.
+      tflop: model flops of a step for each device, in units of 1e12.
+
+    Attributes:
+      skipped_in_a_row: how many of the last steps were skipped.
+    """
+
+    def __init__(self, log: MetricLog | NoLog, tflop: float):
+        self._log, self._tflop = log, tflop
+        self.skipped_in_a_row = 0
         self.restart()
 
     def restart(self) -> None:
         self._started = time.perf_counter()
         self._seen = []
 
-    def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        self._seen.append(jax.device_get(metrics))
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        metrics = jax.device_get(metrics)
+        self._seen.append(metrics)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
+        if metrics["skipped"]:
+            # The batch as `loader.train_batches` counts them, from 0.
+            figures = {"batch": step - 1, "in_a_row": self.skipped_in_a_row}
+            self._log.write("skipped", step, figures)
 
     def read(self) -> dict[str, float]:
-        seen = {name: [metrics[name] for metrics in self._seen] for name in self._seen[0]}
-        tokens = sum(seen.pop("tokens"))
-        means = {name: float(np.mean(values)) for name, values in seen.items()}
-        means["tokens_per_second"] = tokens / (time.perf_counter() - self._started)
+        """The means are of the steps that were not skipped, and not there when all were."""
+        figures = {"skipped": sum(metrics["skipped"] for metrics in self._seen)}
+        tokens = sum(metrics["tokens"] for metrics in self._seen)
+        done = [metrics for metrics in self._seen if not metrics["skipped"]]
+        for name in done[0] if done else ():
+            if name not in ("tokens", "skipped"):
+                figures[name] = np.mean([metrics[name] for metrics in done])
+        seconds = time.perf_counter() - self._started
+        figures["tokens_per_second"] = tokens / seconds
+        figures["tflop_per_second"] = self._tflop * len(self._seen) / seconds
+        if peak := PEAK_TFLOP_PER_S.get(jax.devices()[0].device_kind):
+            figures["mfu"] = figures["tflop_per_second"] / peak
         self.restart()
-        return means
+        return figures
 
 
-def put_batch(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a batch as its part of the global arrays."""
     sharding = NamedSharding(mesh, PartitionSpec(ShardingRules().B))
     return {
@@ -117,8 +218,13 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[
     }
 
 
-def make_evaluate(config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, data: Path):
-    """A function of parameters to the figures of the validation split."""
+def make_evaluate(
+    config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, data: Path, mesh: Mesh
+):
+    """A function of parameters to the figures of the validation split.
+
+    With several processes the first one alone decodes, with a copy of the weights of its own.
+    """
     eval_step = make_eval_step(model)
     settings = config.evaluate
     sources = references = []
@@ -135,13 +241,24 @@ def make_evaluate(config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, d
         bos_id=BOS_ID,
     )
 
-    def evaluate(params: nnx.State, put, print_line) -> dict[str, float]:
+    index, count = row_share(mesh, settings.batch_size)
+    replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def evaluate(params: nnx.State, print_line) -> dict[str, float]:
         sums = None
-        for batch in loader.eval_batches(data, "validation", batch_size=settings.batch_size):
-            batch_sums = eval_step(params, put(batch))
+        for batch in loader.eval_batches(
+            data,
+            "validation",
+            batch_size=settings.batch_size,
+            process_index=index,
+            process_count=count,
+        ):
+            batch_sums = eval_step(params, put_batch(mesh, batch))
             sums = batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
         figures = dict(jax.device_get(mean_metrics(sums)))
-        if sources:
+        if sources and jax.process_count() > 1:
+            params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
+        if sources and jax.process_index() == 0:
             hypotheses = [""] * len(sources)
             for i, decoded in decoder(params, sources):
                 hypotheses[i] = tokenizer.decode(decoded.tokens[: decoded.length].tolist())
@@ -154,13 +271,15 @@ def make_evaluate(config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, d
     return evaluate
 
 
-def main(_) -> int | None:
+def main(_) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
     if COMPILE_ONLY.value:
         return compile_only.train(CONFIG.value, COMPILE_ONLY.value)
     if WORKDIR.value is None:
         raise app.UsageError("give --workdir to train, or --compile_only")
-    train(CONFIG.value, WORKDIR.value)
+    if DISTRIBUTED.value:
+        initialize(PEER_TIMEOUT.value)
+    return train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def ours() -> None:
 
     # Padding is no token: only the loader's batches have any.
     tokens = int(sum(np.sum(x > 0) for name, x in batch.items() if "segment" in name))
-    flops, device = train_flops(model, batch), jax.devices()[0].device_kind
+    flops, device = train_flops(model, size, *lengths), jax.devices()[0].device_kind
     peak = PEAK.value or PEAK_TFLOP_PER_S.get(device)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(

@@ -91,6 +91,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 evaluate_every=5_000,
                 checkpoint_every=2_500,
                 keep_checkpoints=3,
+                max_skipped_steps=10,
             ),
             evaluate=dict(lines=0, batch_size=64),
             mesh=dict(data=-1, fsdp=1, tensor=1),

@@ -72,6 +72,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 evaluate_every=600,
                 checkpoint_every=300,
                 keep_checkpoints=2,
+                max_skipped_steps=10,
             ),
             evaluate=dict(lines=1_000, batch_size=64),
             mesh=dict(data=-1, fsdp=1, tensor=1),

@@ -70,6 +70,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 evaluate_every=250,
                 checkpoint_every=250,
                 keep_checkpoints=2,
+                max_skipped_steps=10,
             ),
             evaluate=dict(lines=256, batch_size=64),
             mesh=dict(data=-1, fsdp=1, tensor=1),

@@ -333,7 +333,7 @@ def set_up(
     return model, state, train_step, schedule
 
 
-def train_flops(model: nnx.Module, batch: Mapping[str, Any]) -> int:
+def train_flops(model: nnx.Module, rows: int, source_length: int, target_length: int) -> int:
     """Floating-point operations of a train step that the model itself asks for.
 
     Two a weight and token forward, and four a query head, head dim and pair of positions in
@@ -342,16 +342,17 @@ def train_flops(model: nnx.Module, batch: Mapping[str, Any]) -> int:
 
     Args:
       model: as `init_state` returns it.
-      batch: of (abstract) arrays, all of its rows.
+      rows: of a batch.
+      source_length: tokens of a row; of no meaning for a language model.
+      target_length: likewise.
     """
-    rows, targets = batch["targets"].shape
+    sources, targets = source_length, target_length
     config, decoder = model.config, model.decoder.layers[0]
     pairs = targets * targets
     # Weights that are multiplied with, and how many tokens each.
     products = [(getattr(model, "softmax", model.embedding), targets)]
     products += [(decoder.attention, targets), (decoder.feed_forward, targets)] * config.num_layers
     if isinstance(model, EncoderDecoder):
-        sources = batch["source_tokens"].shape[1]
         encoder, cross = model.encoder_layers[0], decoder.cross_attention
         pairs += sources * sources + targets * sources
         products += [

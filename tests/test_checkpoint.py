@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mqa_jax import checkpoint
 from mqa_jax.checkpoint import Checkpoints
 from mqa_jax.sharding import MESH_AXES
 from mqa_jax.training import (
@@ -133,22 +135,121 @@ def test_a_model_of_another_size(tmp_path):
     gc.collect()  # So that the warnings come here, and not in a test to come.
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    """One bit of the file with the weights, which Orbax reads without a check."""
-    state = make_state("adamw", 0, step=4)
-    saved(tmp_path, state)
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and "params" in path.parts]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    checkpoints = Checkpoints(tmp_path)
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "flipped": lambda path: path.write_bytes(
+        bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]
+    ),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """Of steps 4 and 6, with the states that they hold."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    states = [make_state("adamw", step, step=step) for step in (4, 6)]
+    saved(directory, *states)
+    return directory, states
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_named_and_the_one_before_is_used(
+    two_checkpoints, tmp_path, caplog, damage
+):
+    """Also those that Orbax reads without a check, or not at all."""
+    original, (good, bad) = two_checkpoints
+    files = [path.relative_to(original) for path in (original / "6").rglob("*") if path.is_file()]
+    assert len(files) > 10 and any("d" in path.parts for path in files)
+    for i, name in enumerate(files):
+        directory = tmp_path / str(i)
+        shutil.copytree(original, directory)
+        DAMAGES[damage](directory / name)
+        checkpoints = Checkpoints(directory)
+        caplog.clear()
+        # Whoever only reads leaves it as it is; the run puts it aside.
+        same(checkpoints.restore_params(bad.params), good.params)
+        same(checkpoints.restore(bad), good)
+        told = str(name.relative_to("6"))
+        assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
+        assert all(told in r.getMessage() and "of step 4" in r.getMessage() for r in caplog.records)
+        assert {path.name for path in directory.iterdir()} == {"4", "6.damaged"}
+        # Its step can be saved again, and found whole.
+        if i == 0:
+            checkpoints.save(bad)
+            checkpoints.wait()
+            same(Checkpoints(directory).restore(good), bad)
+        checkpoints.close()
+
+
+def test_when_all_are_damaged_all_are_named_and_left(two_checkpoints, tmp_path):
+    original, (state, _) = two_checkpoints
+    directory = tmp_path / "copy"
+    shutil.copytree(original, directory)
+    (directory / "4/manifest.json").unlink()
+    (directory / "6/params/_METADATA").unlink()
+    checkpoints = Checkpoints(directory)
     for restore in (
         lambda: checkpoints.restore(state),
         lambda: checkpoints.restore_params(state.params),
     ):
-        with pytest.raises(ValueError, match=largest.name):
+        with pytest.raises(
+            ValueError, match=r"6: \['params/_METADATA'\], 4: \['manifest.json'\].*anew"
+        ):
             restore()
+    assert {path.name for path in directory.iterdir()} == {"4", "6"}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("left", ["6.unsigned", "6.unsigned.orbax-checkpoint-tmp"])
+def test_what_was_never_finished_is_not_used_and_in_nobodys_way(
+    two_checkpoints, tmp_path, caplog, left
+):
+    """As a kill leaves it, before the manifest is written and before Orbax is done."""
+    original, (good, unfinished) = two_checkpoints
+    shutil.copytree(original, tmp_path / "copy")
+    directory = tmp_path / "copy"
+    (directory / "6").rename(directory / left)
+    (directory / left / "manifest.json").unlink()
+    checkpoints = Checkpoints(directory)
+    same(checkpoints.restore(unfinished), good)
+    assert f"{left} was never finished" in caplog.text
+    checkpoints.save(unfinished)
+    checkpoints.close()
+    assert {path.name for path in directory.iterdir()} == {"4", "6"}
+    same(Checkpoints(directory).restore(good), unfinished)
+
+
+def test_an_old_one_goes_when_the_new_one_is_signed_and_not_before(tmp_path, monkeypatch):
+    states = [make_state("adamw", step, step=step) for step in (4, 6)]
+    saved(tmp_path, states[0], keep=1)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_hashes", no_space)
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        checkpoints.save(states[1])
+        expected = r"checkpoint 6 .*No space left on device. The newest one there is of step 4"
+        with pytest.raises(RuntimeError, match=expected):
+            while True:
+                checkpoints.check()
+        assert checkpoints.latest_step() == 4
+        checkpoints.close()
+    same(Checkpoints(tmp_path).restore(states[1]), states[0])
+    saved(tmp_path, states[1], keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    """Root may write where others may not: here a file is in the way."""
+    (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file")
+    with pytest.raises(RuntimeError, match="checkpoint 4 could not be written into .*file"):
+        checkpoints.save(make_state("adamw", 0, step=4))
+        checkpoints.wait()
     checkpoints.close()
 
 

@@ -1,120 +1,52 @@
 """The command lines, as a user types them: prepare, train, kill, resume, decode, benchmark."""
 
 import json
-import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-DIGITS = dict(
-    zero="null", one="eins", two="zwei", three="drei", four="vier", five="fünf", six="sechs"
+from running import (
+    ROOT,
+    TINY,
+    Running,
+    behind,
+    checkpoints,
+    command,
+    losses,
+    records,
+    run,
+    run_well,
+    train,
+    train_args,
+    write_text,
 )
-TINY = [
-    f"--config={ROOT}/configs/multi30k.py:multi_query",
-    "--config.model.d_model=24",
-    "--config.model.d_ff=40",
-    "--config.model.num_layers=1",
-    "--config.model.head_dim=8",
-    "--config.model.max_length=40",
-    "--config.data.vocab_size=288",
-    "--config.data.source_length=40",
-    "--config.data.target_length=40",
-    "--config.train.steps=8",
-    "--config.train.batch_size=4",
-    "--config.train.log_every=1",
-    "--config.train.evaluate_every=8",
-    "--config.train.checkpoint_every=3",
-    "--config.evaluate.lines=5",
-    "--config.evaluate.batch_size=4",
-]
-
-
-def command(*args, cwd: Path) -> dict:
-    # One device, as a user has it; the tests' eight are for the tests of shardings.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    # Programs that an earlier command has compiled need not be compiled again.
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")}
-    return dict(args=[sys.executable, *map(str, args)], cwd=cwd, env=environment, text=True)
-
-
-def run(*args, cwd: Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(**command(*args, cwd=cwd), capture_output=True, timeout=1800, **options)
-
-
-def run_well(*args, cwd: Path, **options) -> subprocess.CompletedProcess:
-    result = run(*args, cwd=cwd, **options)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    """The train loss of every step; where a step was done twice, the later one."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A directory with parallel text and, under `run`, a model trained on it."""
     directory = tmp_path_factory.mktemp("project")
-    rng = random.Random(0)
-    for stem, count in (("train", 120), ("val", 7), ("test_2016_flickr", 6)):
-        pairs = [rng.choices(list(DIGITS.items()), k=rng.randint(1, 6)) for _ in range(count)]
-        for side, language in enumerate(("en", "de")):
-            lines = [" ".join(pair[side] for pair in line) for line in pairs]
-            (directory / f"{stem}.{language}").write_text("\n".join(lines) + "\n")
+    write_text(directory)
     train(directory, "run")
     return directory
-
-
-def train_args(directory: Path, workdir: str, *overrides: str) -> list[str]:
-    return [
-        ROOT / "train.py",
-        *TINY,
-        f"--config.data.path={directory}",
-        f"--workdir={workdir}",
-        *overrides,
-    ]
-
-
-def train(directory: Path, workdir: str, *overrides: str) -> subprocess.CompletedProcess:
-    return run_well(*train_args(directory, workdir, *overrides), cwd=directory)
 
 
 def test_training_reports_progress_and_leaves_what_decoding_needs(project):
     assert sorted(losses(project / "run")) == list(range(1, 9))
     names = {path.name for path in (project / "run").iterdir()}
     assert {"config.json", "tokenizer.model", "checkpoints", "metrics.jsonl"} <= names
-    records = [
-        json.loads(line) for line in (project / "run/metrics.jsonl").read_text().splitlines()
-    ]
-    assert all(r["tokens_per_second"] > 0 for r in records if r["kind"] == "train")
-    (validation,) = (record for record in records if record["kind"] == "validation")
+    assert all(record["tokens_per_second"] > 0 for record in records(project / "run"))
+    (validation,) = records(project / "run", "validation")
     assert {"loss", "ln_perplexity", "bleu"} <= validation.keys()
 
 
 def test_a_killed_run_resumes_with_the_same_losses(project):
     # Steps 1 to 3 are in a checkpoint; the kill comes somewhere behind it.
-    process = subprocess.Popen(
-        **command(*train_args(project, "killed"), cwd=project),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    metrics, checkpoint = project / "killed/metrics.jsonl", project / "killed/checkpoints/3"
-    deadline = time.monotonic() + 600
-    while not (metrics.exists() and checkpoint.exists() and len(losses(project / "killed")) >= 4):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Running(project, "killed") as killed:
+        killed.until(lambda: checkpoints(killed.workdir) and len(losses(killed.workdir)) >= 4)
+        killed.send(signal.SIGKILL)
     result = train(project, "killed")
     assert "step 0 to 8" not in result.stdout
     assert losses(project / "killed") == losses(project / "run")
@@ -171,21 +103,13 @@ def test_decode_refuses_a_directory_without_a_run(tmp_path):
     assert result.returncode != 0 and "config.json" in result.stderr
 
 
-def run_decode(setup: str) -> str:
-    """A program that is decode.py behind some lines of setup."""
-    return (
-        f"import runpy, signal, sys; {setup}; sys.argv = sys.argv[1:];"
-        f"runpy.run_path({str(ROOT / 'decode.py')!r}, run_name='__main__')"
-    )
-
-
 def test_benchmark_needs_jax_and_flax_alone(tmp_path):
     # Not to be found, as where they are not installed. Flax itself wants optax and msgpack.
     absent = ("grain", "orbax", "sentencepiece", "tensorflow_datasets", "sacrebleu", "tensorboardX")
     result = run_well(
         "-c",
-        run_decode(f"sys.modules.update(dict.fromkeys({absent}))"),
-        "decode.py",
+        behind(f"sys.modules.update(dict.fromkeys({absent}))"),
+        ROOT / "decode.py",
         "--benchmark",
         *TINY[:7],
         "--variants=multi_head,multi_query",
@@ -209,11 +133,9 @@ def test_benchmark_needs_jax_and_flax_alone(tmp_path):
 
 
 def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
-    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
-    setup = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     args = [*TINY[:7], "--batch_sizes=2,3", "--context_lengths=11,13,17,19", "--output_dir=out"]
     process = subprocess.Popen(
-        **command("-c", run_decode(setup), "decode.py", "--benchmark", *args, cwd=tmp_path),
+        **command("-c", behind(""), ROOT / "decode.py", "--benchmark", *args, cwd=tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -107,7 +107,9 @@ class _Rows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         # In one call for all: a call for each takes twenty times as long.
-        records = self._records.__getitems__([i for i in indices.tolist() if i < self.count])
+        real = [i for i in indices.tolist() if i < self.count]
+        # One process's share of the last batch can be all padding, and none cannot be asked for.
+        records = self._records.__getitems__(real) if real else []
         rows = [msgpack.unpackb(record) for record in records]
         rows += [[]] * (len(indices) - len(rows))
         arrays = [to_arrays(row, *self._shape) for row in rows]

@@ -132,6 +132,20 @@ def test_eval_is_shared_out_like_training(directory):
     assert_same([joined(of_all) for of_all in zip(*parts, strict=True)], whole)
 
 
+def test_a_process_whose_share_is_all_padding_gets_padding(directory):
+    rows = Manifest.read(directory).split("validation").rows
+    size = 2 * rows
+    whole = list(eval_batches(directory, "validation", batch_size=size))
+    parts = [
+        list(
+            eval_batches(directory, "validation", batch_size=size, process_index=p, process_count=2)
+        )
+        for p in range(2)
+    ]
+    assert not any(array.any() for array in parts[1][0].values())
+    assert_same([joined(of_all) for of_all in zip(*parts, strict=True)], whole)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -1,0 +1,57 @@
+"""Two processes that train as one, and what becomes of one when the other dies or hangs."""
+
+import signal
+
+import pytest
+from running import Running, checkpoints, losses, records, run_well, train_args
+
+MESHES = {
+    "rows_apart": ["--config.mesh.data=2", "--config.mesh.fsdp=2"],
+    # Both processes hold parts of the same rows.
+    "rows_together": ["--config.mesh.data=1", "--config.mesh.tensor=4"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_processes_train_as_one(project, mesh):
+    """To rounding, as sums are made in another order; the same batches, so the same tokens."""
+    with Running(project, mesh, *MESHES[mesh], processes=2, devices=2) as running:
+        assert running.exit_codes() == [0, 0], running.output()
+    one = project / f"{mesh}_one"
+    run_well(*train_args(project, one.name, *MESHES[mesh]), cwd=project, devices=4)
+    for kind in ("train", "validation"):
+        ours, theirs = records(running.workdir, kind), records(one, kind)
+        assert len(ours) == len(theirs) == (8 if kind == "train" else 1)
+        for our, their in zip(ours, theirs, strict=True):
+            for figures in (our, their):
+                for name in ("kind", "time", "tokens_per_second"):
+                    figures.pop(name, None)
+            assert our == pytest.approx(their, rel=1e-5)
+    # One log, by the first process, and what both wrote is one checkpoint for any number of them.
+    assert len(list(running.workdir.glob("events.*"))) == 1
+    assert running.output().count("step 0 to 8") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
+def test_when_one_process_is_gone_the_other_ends_and_both_resume(project, number, victim):
+    """A process that is stopped still holds its connections open: only the heartbeat tells."""
+    workdir = f"{number.name}_{victim}"
+    options = ["--config.mesh.fsdp=2", "--peer_timeout=10"]
+    # Long enough that they cannot finish.
+    endless = "--config.train.steps=100000"
+    with Running(project, workdir, *options, endless, processes=2) as running:
+        running.until(lambda: len(checkpoints(running.workdir)) > 1)
+        running.processes[victim].send_signal(number)
+        assert running.processes[1 - victim].wait(timeout=120) not in (0, 75), running.output()
+    last = checkpoints(running.workdir)[-1]
+    with Running(project, workdir, *options, endless, processes=2) as running:
+        running.until_step(max(losses(running.workdir)) + 1)
+    assert f"step {last:,} to 100,000" in running.output()
+    # What was done twice was the same twice.
+    seen = {}
+    for record in records(running.workdir):
+        assert seen.setdefault(record["step"], record["loss"]) == record["loss"]
+    assert sorted(seen) == list(range(1, len(seen) + 1))

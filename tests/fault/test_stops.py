@@ -1,0 +1,114 @@
+"""Runs that are stopped: by a signal, by a full disk, by losses that are no numbers."""
+
+import signal
+import time
+
+import pytest
+from running import Running, behind, checkpoints, losses, records, run, train, train_args
+
+# Time for a signal to arrive between two steps.
+SLOWLY = """
+import time, mqa_jax.data.loader as loader
+all_batches = loader.train_batches
+def train_batches(*args, **kwargs):
+    for i, batch in enumerate(all_batches(*args, **kwargs)):
+        time.sleep(0.3)
+        yield batch
+loader.train_batches = train_batches
+"""
+
+# Ids outside the vocabulary embed as NaN.
+BAD_BATCHES = """
+import mqa_jax.data.loader as loader
+all_batches = loader.train_batches
+def train_batches(*args, start, **kwargs):
+    for i, batch in enumerate(all_batches(*args, start=start, **kwargs), start=start):
+        yield batch | {"target_inputs": batch["target_inputs"] + 9999 * (i in %s)}
+loader.train_batches = train_batches
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_leaves_a_checkpoint_of_the_last_step(project, number, processes):
+    """To one process, and all of them stop behind the same step."""
+    workdir = f"{number.name}_{processes}"
+    with Running(project, workdir, processes=processes, setup=SLOWLY) as stopped:
+        stopped.until_step(4)
+        stopped.send(number)
+        assert stopped.exit_codes() == [75] * processes, stopped.output()
+    (last,) = checkpoints(stopped.workdir)[-1:]
+    assert 4 <= last < 8 and last == max(losses(stopped.workdir))
+    assert f"the checkpoint of step {last} is saved" in stopped.output()
+    result = train(project, workdir)
+    assert f"step {last} to 8" in result.stdout
+    # Two processes may add in another order than one.
+    assert losses(stopped.workdir) == pytest.approx(
+        losses(project / "run"), rel=0 if processes == 1 else 1e-5, abs=0
+    )
+
+
+def test_a_second_interrupt_kills_at_once(project):
+    """As when the step, or the checkpoint, takes longer than one would wait."""
+    with Running(project, "twice", setup=SLOWLY.replace("0.3", "i > 2 and 3600")) as killed:
+        killed.until_step(1)
+        while killed.processes[0].poll() is None:
+            killed.send(signal.SIGINT)
+            time.sleep(0.1)
+        assert killed.exit_codes() == [-signal.SIGINT], killed.output()
+
+
+def test_a_full_disk_ends_the_run_and_nothing_claims_to_be_saved(project):
+    limit = 16_384  # bytes a file: enough for all but a checkpoint's arrays
+    full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    failed = run("-c", behind(full), *train_args(project, "full"), cwd=project)
+    assert failed.returncode == 1
+    # Orbax tells of what it dropped before this line and, as Python ends, behind it.
+    (reason,) = (line for line in failed.stderr.splitlines() if line.startswith("RuntimeError: c"))
+    assert reason.startswith("RuntimeError: checkpoint 3 could not be written")
+    assert "File too large" in reason and "The newest one there is of step None" in reason
+    assert checkpoints(project / "full") == []
+    train(project, "full")
+    assert losses(project / "full") == losses(project / "run")
+
+
+def test_a_skipped_step_is_logged_and_the_run_goes_on(project):
+    with Running(project, "skipped", setup=BAD_BATCHES % {1, 2, 4}) as skipped:
+        assert skipped.exit_codes() == [0], skipped.output()
+    seen = [
+        (record["step"], record["batch"], record["in_a_row"])
+        for record in records(skipped.workdir, "skipped")
+    ]
+    assert seen == [(2, 1, 1), (3, 2, 2), (5, 4, 1)]
+    assert sorted(losses(skipped.workdir)) == [1, 4, 6, 7, 8]
+    assert [record["skipped"] for record in records(skipped.workdir)] == [0, 1, 1, 0, 1, 0, 0, 0]
+    # Not of step 3, which was skipped.
+    assert checkpoints(skipped.workdir) == [6, 8]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_before_them(project):
+    """Also if it is stopped meanwhile; with good batches it goes on as if nothing had been."""
+    options = ["--config.train.max_skipped_steps=3"]
+    for _ in range(2):
+        with Running(project, "bad", *options, setup=BAD_BATCHES % set(range(4, 8))) as bad:
+            assert bad.exit_codes() == [1]
+        assert "3 steps in a row, 5 to 7, was not finite" in bad.output()
+        assert checkpoints(bad.workdir) == [3, 4]
+    train(project, "bad", *options)
+    assert losses(bad.workdir) == losses(project / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("--config.train.batch_size=6", "config.train.batch_size 6 cannot be split over the 4"),
+        ("--config.evaluate.batch_size=2", "config.evaluate.batch_size 2 cannot be split"),
+        ("--config.train.max_skipped_steps=0", "max_skipped_steps 0"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_are_refused_at_once(project, override, reason):
+    args = train_args(project, "refused", override)
+    result = run(*args, cwd=project, devices=4)
+    assert result.returncode == 1 and reason in result.stderr
+    assert not (project / "refused").exists()
