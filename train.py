@@ -141,12 +141,15 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     """Raises a ValueError, before anything is compiled, for sizes that make no sense."""
     axes = ShardingRules().B
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    for name in ("train", "evaluate"):
+    if (accumulate := config.train.accumulate) < 1:
+        raise ValueError(f"config.train.accumulate must be at least 1, not {accumulate}")
+    for name, times in (("train", accumulate), ("evaluate", 1)):
         size = config[name].batch_size
-        if size < 1 or size % parts:
+        if size < 1 or size % (parts * times):
             raise ValueError(
                 f"config.{name}.batch_size {size} cannot be split over the {parts} parts of the "
-                f"mesh axes {axes} (mesh {dict(mesh.shape)}): give a multiple of {parts}"
+                f"mesh axes {axes} (mesh {dict(mesh.shape)}), {times} at a time: give a multiple "
+                f"of {parts * times}"
             )
     if config.train.max_skipped_steps < 1:
         raise ValueError(f"max_skipped_steps {config.train.max_skipped_steps} is not 1 or more")
