@@ -23,6 +23,8 @@ CHECKPOINTS = "checkpoints"
 def claim(workdir: str | Path, config: ConfigDict) -> Path:
     """Makes `workdir` the directory of a run with this config, or finds that it already is.
 
+    The mesh may be another one: a run can go on with more or fewer devices.
+
     Raises:
       ValueError: it belongs to a run with another config; the message lists the differences.
     """
@@ -31,6 +33,7 @@ def claim(workdir: str | Path, config: ConfigDict) -> Path:
     asked = json.loads(config.to_json())
     if (workdir / CONFIG).exists():
         found = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+        asked["mesh"] = found["mesh"] = None
         if differences := list(_differences("config", found, asked)):
             raise ValueError(
                 f"{workdir} holds a run with another config:\n  "
