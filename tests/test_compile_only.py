@@ -207,11 +207,19 @@ needs_libtpu = pytest.mark.skipif(
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "devices", "memory"),
-    [("v2:2x2", 8, 8), ("v3:4x4", 32, 16), ("v4:2x2x1", 4, 32), ("v5e:2x2", 4, 16)],
+    [
+        ("v2:2x2", 8, 8),
+        ("v3:4x4", 32, 16),
+        ("v4:2x2x1", 4, 32),
+        ("v5e:2x2", 4, 16),
+        ("v6e:16x16", 256, 32),
+        ("tpu7x:2x2x1", 8, 96),
+    ],
 )
 def test_topologies(name, devices, memory):
     topology = compile_only.find_topology(name)
     assert make_mesh(devices=topology.devices).size == devices
+    assert make_mesh(-1, 2, 2, devices=topology.devices).size == devices
     assert topology.device.memory == memory * 2**30
 
 
