@@ -222,7 +222,8 @@ class Program:
         """XLA's cost model of the whole program, without custom calls; None where it has none.
 
         Args:
-          optimal_seconds: what `cost_analysis` says, in which every custom call counts -1.
+          optimal_seconds: what `cost_analysis` says, in which every custom call counts -1; as it
+            is float32, some microseconds of it are noise.
         """
         calls = [name for name, line in self.instructions if " custom-call(" in line]
         if any(name in self.looped for name in calls):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -133,6 +134,6 @@ def make_mesh(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use the {count} devices "
             "here: the product must be their number, and one of the sizes may be -1"
         )
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    # `jax.make_mesh` would split a physical axis of a torus (16 x 16 into 8 x 4 x 8) on v5e alone.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -292,7 +292,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    options = {}
+    if next(iter(shardings.step.device_set)).platform == "tpu":
+        # Each device draws the dropout masks of its own rows, not of the whole batch. (What is
+        # unsafe about it: with another mesh the masks are others.)
+        options["xla_tpu_spmd_rng_bit_generator_unsafe"] = True
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )
 
 
 def set_up(
