@@ -25,19 +25,31 @@ from jax.typing import DTypeLike
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-# Where weights are made: the mesh and the rules; on the default device when None.
-_birthplace: contextvars.ContextVar = contextvars.ContextVar("birthplace", default=None)
+# The mesh and the rules that hold where code runs or is traced; None for one device.
+_placement: contextvars.ContextVar = contextvars.ContextVar("placement", default=None)
 
 
 @contextlib.contextmanager
-def born_sharded(mesh: Mesh, rules: "ShardingRules") -> Iterator[None]:
+def on_mesh(mesh: Mesh, rules: "ShardingRules") -> Iterator[None]:
     """Each `param` made within has its place on the mesh from the start: no device holds more of
-    it than its own part, ever."""
-    token = _birthplace.set((mesh, rules))
+    it than its own part, ever. And `over_batch` places activations."""
+    token = _placement.set((mesh, rules))
     try:
         yield
     finally:
-        _birthplace.reset(token)
+        _placement.reset(token)
+
+
+def over_batch(x: jax.Array) -> jax.Array:
+    """`x`, `[B, ...]`, split as a batch is and along no other axis; as it is outside of `on_mesh`.
+
+    Without a word from us XLA splits activations as it finds the weights: with fsdp over the model
+    dim, and moves several times as much (docs/tpu.md has figures).
+    """
+    if (placement := _placement.get()) is None:
+        return x
+    mesh, rules = placement
+    return jax.lax.with_sharding_constraint(x, rules.sharding(mesh, "B", x.shape[:1]))
 
 
 def param(
@@ -45,8 +57,8 @@ def param(
 ) -> nnx.Param:
     """A weight, a letter for each axis, from a normal of standard deviation `fan_in ** -0.5`."""
     shape, sharding = tuple(shape), None
-    if (birthplace := _birthplace.get()) is not None:
-        mesh, rules = birthplace
+    if (placement := _placement.get()) is not None:
+        mesh, rules = placement
         sharding = rules.sharding(mesh, axes, shape)
     return nnx.Param(_normal(rngs.params(), shape, dtype, fan_in**-0.5, sharding), axes=axes)
 

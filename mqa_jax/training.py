@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mqa_jax.sharding import ShardingRules, born_sharded
+from mqa_jax.sharding import ShardingRules, on_mesh
 from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
 
 Batch = Mapping[str, Array]
@@ -173,7 +173,7 @@ def init_state(
     """
     model, abstract = abstract_state(build, optimizer, mesh, rules)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    with born_sharded(mesh, rules or ShardingRules()):
+    with on_mesh(mesh, rules or ShardingRules()):
         params = nnx.state(build(rngs=nnx.Rngs(params=seed)))
     # What `param` did not make: the norms, which are small.
     params = jax.device_put(params, shardings.params)
@@ -209,12 +209,14 @@ def make_train_step(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     accumulate: int = 1,
+    rules: ShardingRules | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted update; the state handed in is donated.
 
-    Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
-    Where the loss or a gradient is not finite the update is skipped: weights and optimizer stay as
-    they are, and only the step, which is the position in the data, goes on.
+    Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones;
+    on TPUs from the mesh too, where each device draws those of its own rows. Where the loss or a
+    gradient is not finite the update is skipped: weights and optimizer stay as they are, and only
+    the step, which is the position in the data, goes on.
 
     Args:
       model: its structure, from `init_state`.
@@ -225,6 +227,7 @@ def make_train_step(
       z_loss: see `cross_entropy`.
       accumulate: gradients of so many parts of a batch are summed one after the other before the
         update, which saves memory; it must divide the rows of a batch.
+      rules: those of the state; `ShardingRules()` when None.
 
     Returns:
       a function of state and batch to the new state and the metrics `loss`, `ln_perplexity` (both
@@ -240,7 +243,8 @@ def make_train_step(
     graphdef = nnx.graphdef(model)
 
     def loss_fn(params: nnx.State, batch: Batch, key: Array):
-        logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
+        with on_mesh(state.step.sharding.mesh, rules or ShardingRules()):
+            logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
         loss_BT, nll_BT = cross_entropy(
             logits_BTV, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss
         )

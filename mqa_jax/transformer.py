@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from mqa_jax.attention import Attention, SelfCache, padding_mask, segment_mask
 from mqa_jax.kv_cache import CrossCache
 from mqa_jax.layers import Embedding, FeedForward, RMSNorm, Softmax
+from mqa_jax.sharding import over_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class TransformerConfig:
     def call(self, layer: nnx.Module, *args) -> Array:
         """The layer's output."""
         call = type(layer).__call__
-        return (nnx.remat(call) if self.remat else call)(layer, *args)
+        return over_batch((nnx.remat(call) if self.remat else call)(layer, *args))
 
     @property
     def dtypes(self) -> dict:
@@ -118,7 +119,7 @@ class _Embedder(nnx.Module):
                 )
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         x_BTD = table(tokens_BT) + self.positions(positions_BT)
-        return self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs)
+        return over_batch(self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs))
 
 
 class _EncoderLayer(nnx.Module):

@@ -6,6 +6,7 @@ B batch   S source length   T target length   V vocabulary
 import dataclasses
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -493,6 +494,19 @@ def test_the_loss_curve_is_that_of_one_device(task, num_kv_heads, sizes):
     actual = loss_curve(task, sizes, num_kv_heads=num_kv_heads)
     # Sums in another order, which twenty updates carry along.
     np.testing.assert_allclose(actual, expected, rtol=2e-3)
+
+
+def test_activations_are_split_as_the_batch_is_and_not_as_the_weights():
+    """Else XLA exchanges activations between a split of rows and one of the model dim."""
+    sizes = (1, 8, 1)
+    build = functools.partial(build_model, "translation", SIZES | dict(d_model=16, d_ff=24))
+    model, state = init_state(build, ADAMW, mesh_of(*sizes), 3)
+    step = make_train_step(model, ADAMW, state, seed=0)
+    program = step.lower(state, put(random_batch(), sizes)).compile().as_text()
+    exchanges = [line for line in program.splitlines() if " all-to-all(" in line]
+    names = [re.search(r'op_name="([^"]*)"', line)[1] for line in exchanges]
+    # But for the vectors of tokens, which are looked up in tables that are split.
+    assert names and all(name.endswith(("/gather", "/scatter-add")) for name in names)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
