@@ -2,6 +2,7 @@
 
 python decode.py --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
 python decode.py --benchmark --config=configs/wmt14.py [--quick] --output_dir=DIR
+python decode.py --compile_only=v2:2x2 --config=configs/wmt14.py --batch_sizes=1024
 
 A translation model translates each line; a language model continues it.
 """
@@ -17,7 +18,16 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import ConfigDict, config_flags
 
-from mqa_jax import TransformerConfig, beam_search, benchmark, greedy, plots, report, sample
+from mqa_jax import (
+    TransformerConfig,
+    beam_search,
+    benchmark,
+    compile_only,
+    greedy,
+    plots,
+    report,
+    sample,
+)
 from mqa_jax.cost import SEARCHES
 from mqa_jax.generate import LineDecoder, Search
 from mqa_jax.training import MODELS, build_model
@@ -61,6 +71,12 @@ REPEATS = flags.DEFINE_integer(
 )
 COMPARE = flags.DEFINE_enum("compare", None, ["paper"], "For --benchmark: against these figures.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "For --benchmark: where JSON and pictures go.")
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only",
+    None,
+    "A TPU topology, such as v5e:2x2: compiles a decode step of --config in each of the --variants "
+    "--dtypes, --batch_sizes and --context_lengths for it, and tells.",
+)
 
 
 def main(_) -> int | None:
@@ -69,8 +85,18 @@ def main(_) -> int | None:
         if CONFIG.value is None or OUTPUT_DIR.value is None:
             raise app.UsageError("--benchmark needs --config and --output_dir")
         return run_benchmark(Path(OUTPUT_DIR.value))
+    if COMPILE_ONLY.value:
+        if CONFIG.value is None:
+            raise app.UsageError("--compile_only needs --config")
+        return compile_only.decode(
+            {variant: variant_config(variant) for variant in VARIANTS.value},
+            COMPILE_ONLY.value,
+            batch_sizes=integers(BATCH_SIZES),
+            context_lengths=integers(CONTEXT_LENGTHS),
+            dtypes=DTYPES.value,
+        )
     if WORKDIR.value is None:
-        raise app.UsageError("give --workdir to decode, or --benchmark")
+        raise app.UsageError("give --workdir to decode, or --benchmark, or --compile_only")
     decode_text(Path(WORKDIR.value))
 
 

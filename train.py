@@ -10,6 +10,10 @@ killed goes on from its newest whole checkpoint.
 
 With several processes each gets `--distributed` and the same other flags, as
 `mqa_jax.processes.initialize` says.
+
+python train.py --config=configs/wmt14.py:multi_query --compile_only=v5e:4x4
+
+only compiles, for a TPU that need not be here, and tells whether it fits, and what it moves.
 """
 
 import dataclasses
@@ -27,6 +31,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
+from mqa_jax import compile_only
 from mqa_jax import workdir as workdirs
 from mqa_jax.checkpoint import Checkpoints
 from mqa_jax.data import loader
@@ -36,19 +41,15 @@ from mqa_jax.decoding import greedy
 from mqa_jax.generate import LineDecoder
 from mqa_jax.metrics import MetricLog, bleu, exact_match
 from mqa_jax.processes import Stop, first_process_first, initialize, row_share
+from mqa_jax.roofline import PEAK_TFLOP_PER_S
 from mqa_jax.sharding import ShardingRules, make_mesh
-from mqa_jax.training import (
-    build_model,
-    build_optimizer,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    mean_metrics,
-    rsqrt_schedule,
-)
+from mqa_jax.training import make_eval_step, mean_metrics, set_up, train_flops
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; made if it is not there.")
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "A TPU topology, such as v5e:4x4: compiles for it, tells, trains nothing."
+)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout", 100, "Seconds after which a process that is not heard of counts as dead.", 1
@@ -67,29 +68,12 @@ def train(config: ConfigDict, workdir: str) -> int:
         tokenizer = Tokenizer.load(workdirs.keep_tokenizer(path, data / "tokenizer.model"))
 
     settings = config.train
-    schedule = rsqrt_schedule(
-        settings.learning_rate,
-        settings.steps,
-        hold_steps=settings.hold_steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-    )
-    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
-    build = functools.partial(build_model, config.task, config.model.to_dict())
-    model, state = init_state(build, optimizer, mesh, settings.seed)
+    model, state, train_step, schedule = set_up(config, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     checkpoints = Checkpoints(path / workdirs.CHECKPOINTS, keep=settings.keep_checkpoints)
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state)
     start = int(state.step)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        state,
-        seed=settings.seed,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-    )
     evaluate = make_evaluate(config, model, tokenizer, data, mesh)
 
     log = MetricLog(path, settings.steps, start) if jax.process_index() == 0 else NoLog()
@@ -109,7 +93,10 @@ def train(config: ConfigDict, workdir: str) -> int:
     stop = Stop()
     # The metrics of a step are fetched a step late, so that the device never waits for the host:
     # but at once where something hangs on whether the step was skipped.
-    waiting, meter = None, Meter(log)
+    flops = train_flops(
+        model, settings.batch_size, config.data.source_length, config.data.target_length
+    )
+    waiting, meter = None, Meter(log, 1e-12 * flops / mesh.size)
     step, is_stopped = start, False
     while step < settings.steps and not is_stopped:
         state, metrics = train_step(state, put_batch(mesh, next(batches)))
@@ -154,12 +141,15 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     """Raises a ValueError, before anything is compiled, for sizes that make no sense."""
     axes = ShardingRules().B
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    for name in ("train", "evaluate"):
+    if (accumulate := config.train.accumulate) < 1:
+        raise ValueError(f"config.train.accumulate must be at least 1, not {accumulate}")
+    for name, times in (("train", accumulate), ("evaluate", 1)):
         size = config[name].batch_size
-        if size < 1 or size % parts:
+        if size < 1 or size % (parts * times):
             raise ValueError(
                 f"config.{name}.batch_size {size} cannot be split over the {parts} parts of the "
-                f"mesh axes {axes} (mesh {dict(mesh.shape)}): give a multiple of {parts}"
+                f"mesh axes {axes} (mesh {dict(mesh.shape)}), {times} at a time: give a multiple "
+                f"of {parts * times}"
             )
     if config.train.max_skipped_steps < 1:
         raise ValueError(f"max_skipped_steps {config.train.max_skipped_steps} is not 1 or more")
@@ -174,17 +164,21 @@ class NoLog:
 
 
 class Meter:
-    """Means of the train metrics, and tokens a second, since the last reading.
+    """Means of the train metrics, and the speed, since the last reading.
+
+    Target tokens a second; model flops a second of a device (`train_flops` has the formula), and
+    their share of its published peak in bfloat16 where that is known: the MFU.
 
     Args:
       log: is told of each skipped step.
+      tflop: model flops of a step for each device, in units of 1e12.
 
     Attributes:
       skipped_in_a_row: how many of the last steps were skipped.
     """
 
-    def __init__(self, log: MetricLog | NoLog):
-        self._log = log
+    def __init__(self, log: MetricLog | NoLog, tflop: float):
+        self._log, self._tflop = log, tflop
         self.skipped_in_a_row = 0
         self.restart()
 
@@ -209,7 +203,11 @@ class Meter:
         for name in done[0] if done else ():
             if name not in ("tokens", "skipped"):
                 figures[name] = np.mean([metrics[name] for metrics in done])
-        figures["tokens_per_second"] = tokens / (time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        figures["tokens_per_second"] = tokens / seconds
+        figures["tflop_per_second"] = self._tflop * len(self._seen) / seconds
+        if peak := PEAK_TFLOP_PER_S.get(jax.devices()[0].device_kind):
+            figures["mfu"] = figures["tflop_per_second"] / peak
         self.restart()
         return figures
 
@@ -278,11 +276,15 @@ def make_evaluate(
 
 def main(_) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
+    if COMPILE_ONLY.value:
+        return compile_only.train(CONFIG.value, COMPILE_ONLY.value)
+    if WORKDIR.value is None:
+        raise app.UsageError("give --workdir to train, or --compile_only")
     if DISTRIBUTED.value:
         initialize(PEER_TIMEOUT.value)
     return train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

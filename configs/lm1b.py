@@ -55,6 +55,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 dropout_rate=0.0,
                 attention_dropout_rate=0.0,
                 relu_dropout_rate=0.0,
+                remat=False,
                 dtype="bfloat16",
                 param_dtype="float32",
             )
@@ -76,6 +77,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
             train=dict(
                 steps=136_000,
                 batch_size=256,
+                accumulate=1,
                 optimizer="adafactor",
                 learning_rate=1.0,
                 hold_steps=10_000,

@@ -36,6 +36,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 dropout_rate=0.1,
                 attention_dropout_rate=0.0,
                 relu_dropout_rate=0.0,
+                remat=False,
                 dtype="float32",
                 param_dtype="float32",
             )
@@ -57,6 +58,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
             train=dict(
                 steps=1_200,
                 batch_size=16,
+                accumulate=1,
                 optimizer="adafactor",
                 learning_rate=1.0,
                 hold_steps=4_000,

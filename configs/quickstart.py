@@ -34,6 +34,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 dropout_rate=0.0,
                 attention_dropout_rate=0.0,
                 relu_dropout_rate=0.0,
+                remat=False,
                 dtype="float32",
                 param_dtype="float32",
             )
@@ -55,6 +56,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
             train=dict(
                 steps=1_000,
                 batch_size=32,
+                accumulate=1,
                 optimizer="adamw",
                 learning_rate=0.05,
                 hold_steps=400,

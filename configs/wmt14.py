@@ -55,6 +55,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 dropout_rate=0.2,
                 attention_dropout_rate=0.1,
                 relu_dropout_rate=0.1,
+                remat=False,
                 dtype="bfloat16",
                 param_dtype="float32",
             )
@@ -76,6 +77,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
             train=dict(
                 steps=100_000,
                 batch_size=128,
+                accumulate=1,
                 optimizer="adafactor",
                 learning_rate=1.0,
                 hold_steps=10_000,

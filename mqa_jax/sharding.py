@@ -8,10 +8,12 @@ Array letters:
   V vocabulary   P positions
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,44 @@ from jax.typing import DTypeLike
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
+# Where weights are made: the mesh and the rules; on the default device when None.
+_birthplace: contextvars.ContextVar = contextvars.ContextVar("birthplace", default=None)
+
+
+@contextlib.contextmanager
+def born_sharded(mesh: Mesh, rules: "ShardingRules") -> Iterator[None]:
+    """Each `param` made within has its place on the mesh from the start: no device holds more of
+    it than its own part, ever."""
+    token = _birthplace.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _birthplace.reset(token)
+
+
 def param(
     axes: str, shape: Sequence[int], *, fan_in: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:
     """A weight, a letter for each axis, from a normal of standard deviation `fan_in ** -0.5`."""
-    return nnx.Param(_normal(rngs.params(), tuple(shape), dtype, fan_in**-0.5), axes=axes)
+    shape, sharding = tuple(shape), None
+    if (birthplace := _birthplace.get()) is not None:
+        mesh, rules = birthplace
+        sharding = rules.sharding(mesh, axes, shape)
+    return nnx.Param(_normal(rngs.params(), shape, dtype, fan_in**-0.5, sharding), axes=axes)
 
 
-# Compiled once a shape, of which a model has few, however many its layers.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, stddev: float) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(stddev, dtype)
+# Compiled once a shape, of which a model has few, however many its layers. (A whole model at once
+# takes XLA a second a weight.)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _normal(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    stddev: float,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    weight = jax.random.normal(key, shape, dtype) * jnp.asarray(stddev, dtype)
+    return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +113,18 @@ class ShardingRules:
         return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices with the axes `data`, `fsdp`, `tensor`; one size may be -1, the rest.
+
+    Args:
+      devices: which ones; those that JAX runs on when None.
 
     Raises:
       ValueError: sizes whose product is not the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
@@ -99,4 +133,6 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use the {count} devices "
             "here: the product must be their number, and one of the sizes may be -1"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )

@@ -4,6 +4,7 @@ Array letters: B batch   T target length   V vocabulary
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mqa_jax.sharding import ShardingRules
+from mqa_jax.sharding import ShardingRules, born_sharded
 from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
 
 Batch = Mapping[str, Array]
@@ -118,6 +119,40 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def abstract_state(
+    build: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules | None = None,
+) -> tuple[nnx.Module, TrainState]:
+    """As `init_state`, with shapes and shardings in place of arrays: allocates nothing."""
+    rules = rules or ShardingRules()
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
+    params = nnx.state(model)
+    shardings = rules.params(mesh, params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's factored moments have other shapes than their weights, and are small.
+        return sharding if moment.shape == param.shape else replicated
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        like_its_param,
+        opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    return model, jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        TrainState(replicated, shardings, opt_shardings),
+    )
+
+
 def init_state(
     build: Callable[..., nnx.Module],
     optimizer: optax.GradientTransformation,
@@ -136,31 +171,14 @@ def init_state(
       the model with shapes in place of weights, which the functions below take their structure
       from, and the state.
     """
-    rules = rules or ShardingRules()
-
-    def make_model() -> nnx.Module:
-        return build(rngs=nnx.Rngs(params=seed))
-
-    model = nnx.eval_shape(make_model)
-    shardings = rules.params(mesh, nnx.state(model))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    # Not one jitted function of the whole model: that takes XLA a second a weight to compile.
-    params = jax.device_put(nnx.state(make_model()), shardings)
-
-    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
-        # Adafactor's factored moments have other shapes than their weights, and are small.
-        return sharding if moment.shape == param.shape else replicated
-
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        like_its_param,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return model, TrainState(jax.device_put(jnp.int32(0), replicated), params, opt_state)
+    model, abstract = abstract_state(build, optimizer, mesh, rules)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with born_sharded(mesh, rules or ShardingRules()):
+        params = nnx.state(build(rngs=nnx.Rngs(params=seed)))
+    # What `param` did not make: the norms, which are small.
+    params = jax.device_put(params, shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
 def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
@@ -190,10 +208,13 @@ def make_train_step(
     seed: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted update; the state handed in is donated.
 
     Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
+    Where the loss or a gradient is not finite the update is skipped: weights and optimizer stay as
+    they are, and only the step, which is the position in the data, goes on.
 
     Args:
       model: its structure, from `init_state`.
@@ -202,11 +223,20 @@ def make_train_step(
       seed: of dropout.
       label_smoothing: see `cross_entropy`.
       z_loss: see `cross_entropy`.
+      accumulate: gradients of so many parts of a batch are summed one after the other before the
+        update, which saves memory; it must divide the rows of a batch.
 
     Returns:
       a function of state and batch to the new state and the metrics `loss`, `ln_perplexity` (both
-      the mean a target token, in nats), `accuracy`, `gradient_norm` and `tokens` (target tokens).
+      the mean a target token, in nats), `accuracy`, `gradient_norm`, `tokens` (target tokens) and
+      `skipped` (1 for an update that was skipped, else 0).
+
+    Raises:
+      ValueError: `accumulate` below 1, or (of the function returned) a batch that it does not
+        divide.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     graphdef = nnx.graphdef(model)
 
     def loss_fn(params: nnx.State, batch: Batch, key: Array):
@@ -215,19 +245,128 @@ def make_train_step(
             logits_BTV, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss
         )
         sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
-        return sums["loss"] / jnp.maximum(sums["tokens"], 1), sums
+        return sums["loss"], sums
+
+    def gradients_and_sums(params: nnx.State, batch: Batch, key: Array):
+        """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
+        gradient = jax.grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            return gradient(params, batch, key)
+
+        def part(x: Array) -> Array:
+            """`[B, ...]` to `[accumulate, B / accumulate, ...]`, each row where it lies."""
+            if x.shape[0] % accumulate:
+                raise ValueError(
+                    f"a batch of {x.shape[0]} rows cannot be taken in {accumulate} parts: choose "
+                    "train.accumulate so that it divides train.batch_size"
+                )
+            return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+
+        def add(total, part_and_key):
+            return jax.tree.map(jnp.add, total, gradient(params, *part_and_key)), None
+
+        parts = jax.tree.map(part, dict(batch)), jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first)
+        )
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # The rbg generator is several times faster than the default, on TPU and CPU alike.
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
-        gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
+        gradients, sums = gradients_and_sums(state.params, batch, key)
+        tokens = jnp.maximum(sums["tokens"], 1)
+        gradients = jax.tree.map(lambda x: (x / tokens).astype(x.dtype), gradients)
+        gradient_norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = mean_metrics(sums) | {"gradient_norm": optax.tree.norm(gradients)}
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = (~is_finite).astype(jnp.float32)
+        metrics = mean_metrics(sums) | {"gradient_norm": gradient_norm, "skipped": skipped}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def set_up(
+    config: Any, mesh: Mesh, *, is_abstract: bool = False
+) -> tuple[nnx.Module, TrainState, Callable[[TrainState, Batch], tuple], optax.Schedule]:
+    """What a config file trains, for train.py to run and for `compile_only` to compile.
+
+    Args:
+      config: a config file's `ConfigDict`.
+      is_abstract: `abstract_state` in place of `init_state`.
+
+    Returns:
+      the model's structure, the state, the train step, and the learning rate by step.
+    """
+    settings = config.train
+    schedule = rsqrt_schedule(
+        settings.learning_rate,
+        settings.steps,
+        hold_steps=settings.hold_steps,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+    )
+    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
+    build = functools.partial(build_model, config.task, config.model.to_dict())
+    if is_abstract:
+        model, state = abstract_state(build, optimizer, mesh)
+    else:
+        model, state = init_state(build, optimizer, mesh, settings.seed)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        state,
+        seed=settings.seed,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        accumulate=settings.accumulate,
+    )
+    return model, state, train_step, schedule
+
+
+def train_flops(model: nnx.Module, rows: int, source_length: int, target_length: int) -> int:
+    """Floating-point operations of a train step that the model itself asks for.
+
+    Two a weight and token forward, and four a query head, head dim and pair of positions in
+    attention (a causal mask or a window saves nothing, padding counts); twice as many backward.
+    Norms, dropout, the optimizer and what `remat` computes again do not count.
+
+    Args:
+      model: as `init_state` returns it.
+      rows: of a batch.
+      source_length: tokens of a row; of no meaning for a language model.
+      target_length: likewise.
+    """
+    sources, targets = source_length, target_length
+    config, decoder = model.config, model.decoder.layers[0]
+    pairs = targets * targets
+    # Weights that are multiplied with, and how many tokens each.
+    products = [(getattr(model, "softmax", model.embedding), targets)]
+    products += [(decoder.attention, targets), (decoder.feed_forward, targets)] * config.num_layers
+    if isinstance(model, EncoderDecoder):
+        encoder, cross = model.encoder_layers[0], decoder.cross_attention
+        pairs += sources * sources + targets * sources
+        products += [
+            (encoder.attention, sources),
+            (encoder.feed_forward, sources),
+            (nnx.List([cross.query, cross.out]), targets),
+            (nnx.List([cross.key, cross.value]), sources),
+        ] * config.num_layers
+    forward = sum(
+        2 * sum(x.size for x in jax.tree.leaves(nnx.state(module))) * tokens
+        for module, tokens in products
+    )
+    forward += 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 3 * rows * forward
 
 
 def make_eval_step(model: nnx.Module) -> Callable[[nnx.State, Batch], Metrics]:

@@ -38,6 +38,8 @@ class TransformerConfig:
       dropout_rate: on embeddings, on each sublayer's output and on each stack's output.
       attention_dropout_rate: on attention weights.
       relu_dropout_rate: inside the feed-forward layers.
+      remat: the backward pass computes the inside of each layer again instead of keeping it; saves
+        memory, costs a third more arithmetic.
       dtype: of the activations and the caches.
       param_dtype: of the weights.
     """
@@ -54,6 +56,7 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     relu_dropout_rate: float = 0.0
+    remat: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -81,6 +84,11 @@ class TransformerConfig:
         return FeedForward(
             self.d_model, self.d_ff, dropout_rate=self.relu_dropout_rate, rngs=rngs, **self.dtypes
         )
+
+    def call(self, layer: nnx.Module, *args) -> Array:
+        """The layer's output."""
+        call = type(layer).__call__
+        return (nnx.remat(call) if self.remat else call)(layer, *args)
 
     @property
     def dtypes(self) -> dict:
@@ -176,13 +184,14 @@ class _Decoder(nnx.Module):
         )
         self.norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
         self.dropout = nnx.Dropout(config.dropout_rate)
+        self.config = config
 
     def __call__(
         self, tokens_BT, table, positions_BT, *, memory_BSD=None, mask, memory_mask=None, rngs
     ) -> Array:
         x_BTD = self.embedder(tokens_BT, table, positions_BT, rngs)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, memory_BSD, mask, memory_mask, rngs)
+            x_BTD = self.config.call(layer, x_BTD, memory_BSD, mask, memory_mask, rngs)
         return self.dropout(self.norm(x_BTD), deterministic=rngs is None, rngs=rngs)
 
     def extend(self, tokens_BT, table, cache, cross, lengths_B) -> tuple[Array, tuple]:
@@ -286,7 +295,7 @@ class EncoderDecoder(nnx.Module):
         mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
         x_BSD = self.encoder_embedder(source_tokens_BS, self.embedding, positions, rngs)
         for layer in self.encoder_layers:
-            x_BSD = layer(x_BSD, mask, rngs)
+            x_BSD = self.config.call(layer, x_BSD, mask, rngs)
         return self.dropout(self.encoder_norm(x_BSD), deterministic=rngs is None, rngs=rngs)
 
     def init_cache(self, batch: int, length: int) -> tuple[SelfCache, ...]:

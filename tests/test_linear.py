@@ -42,6 +42,27 @@ def test_gradients_flow_through_every_form(rows):
     np.testing.assert_allclose(d_weight, np.broadcast_to(x.sum(0), weight.shape), rtol=1e-4)
 
 
+def test_the_gradient_of_float32_logits_is_taken_in_bfloat16():
+    x, weight = normal(0, FEW_ROWS + 1, 5, dtype="bfloat16"), normal(1, 7, 5, dtype="bfloat16")
+    factor = normal(2, FEW_ROWS + 1, 7)
+
+    def total(x, weight):
+        return (linear(x, weight, output_dtype=jnp.float32) * factor).sum()
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    products = [
+        [variable.aval.dtype for variable in equation.invars]
+        for equation in jax.make_jaxpr(gradient)(x, weight).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(products) >= 3 and {dtype for each in products for dtype in each} == {x.dtype}
+    d_x, d_weight = gradient(x, weight)
+    assert d_x.dtype == d_weight.dtype == x.dtype
+    factor, x, weight = (np.asarray(array, np.float64) for array in (factor, x, weight))
+    np.testing.assert_allclose(np.float64(d_x), factor @ weight, rtol=2e-2, atol=5e-2)
+    np.testing.assert_allclose(np.float64(d_weight), factor.T @ x, rtol=2e-2, atol=0.2)
+
+
 def test_a_loop_reads_a_bfloat16_weight_as_it_is():
     """Nothing outside the loop makes a float32 copy of the weight."""
 

@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mqa_jax import Attention, DecoderOnly, TransformerConfig
+from mqa_jax import (
+    Attention,
+    DecoderOnly,
+    EncoderDecoder,
+    TransformerConfig,
+    beam_search,
+    greedy,
+)
 from mqa_jax.sharding import ShardingRules, make_mesh
 
 CONFIG = TransformerConfig(
@@ -147,3 +154,35 @@ def test_gradients_of_sharded_weights_are_the_same():
     # Sums over a sharded axis are added in another order.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4, equal_nan=False)
     jax.tree.map(close, gradient(sharded, batch), gradient(params, x))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+@pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
+def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads):
+    config = dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads, max_length=16)
+    graphdef, params = nnx.split(model_type(config, rngs=nnx.Rngs(3)))
+    source = jax.random.randint(jax.random.key(1), (8, 11), 2, 40)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def decode(params, source, search):
+        model = nnx.merge(graphdef, params)
+        cache, context = model.init_cache(8, 16), ()
+        if model_type is EncoderDecoder:
+            context = (model.init_cross_cache(source),)
+        cache = model.prefill(source[:, :4], cache, *context)[1]
+        decoded = search(
+            lambda tokens, cache: model.decode(tokens, cache, *context),
+            cache,
+            source[:, 4],
+            max_new_tokens=11,
+            eos_id=1,
+        )
+        return decoded.tokens, decoded.length
+
+    mesh, rules = make_mesh(2, 2, 2), ShardingRules()
+    sharded = jax.device_put(params, rules.params(mesh, params))
+    batch = jax.device_put(source, rules.sharding(mesh, "BT", source.shape))
+    for search in (greedy, functools.partial(beam_search, beam_size=3)):
+        expected = decode(params, source, search)
+        assert len(np.unique(expected[0])) > 5
+        jax.tree.map(np.testing.assert_array_equal, decode(sharded, batch, search), expected)

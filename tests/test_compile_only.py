@@ -1,0 +1,236 @@
+"""Reading the compiler's output, on cases small enough to count by hand; real ones with libtpu."""
+
+import importlib.util
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import lm1b, wmt14
+from mqa_jax import compile_only
+from mqa_jax.compile_only import CHIPS, Collectives, Program, Topology
+from mqa_jax.data.packing import to_arrays
+from mqa_jax.sharding import make_mesh
+from mqa_jax.training import set_up
+
+HLO = """
+HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[]{:T(256)} add(%x, %y)
+}
+
+%all-reduce-scatter.1 (input: bf16[4,8]) -> bf16[2,8] {
+  %all-reduce.9 = bf16[4,8]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=9, \
+replica_groups=mesh['data'=4,'fsdp'=2] {'fsdp'}, to_apply=%add
+  ROOT %slice = bf16[2,8]{1,0} dynamic-slice(%all-reduce.9, %i)
+}
+
+%fused_a (p: f32[3,5]) -> f32[3,20] {
+  ROOT %all-gather.3 = f32[3,20]{1,0} all-gather(%p), channel_id=3, replica_groups=[2,4]<=[8]
+}
+
+%fused_b (p: f32[3,5]) -> f32[3,20] {
+  %inner = s32[7]{0} custom-call(%p), custom_call_target="AssumeGatherIndicesInBound"
+  ROOT %all-gather.4 = f32[3,20]{1,0:S(1)} all-gather(%p), channel_id=3, replica_groups=[2,4]<=[8]
+}
+
+%deep (p: f32[6]) -> f32[6] {
+  ROOT %permute = (f32[6]{0}, f32[6]{0}) collective-permute-start(%p), \
+source_target_pairs={{0,1},{1,2}}
+}
+
+%body.2 (state: (s32[], f32[6])) -> (s32[], f32[6]) {
+  %call = f32[6]{0} call(%x), to_apply=%deep
+  %reduced = (f32[], /*index=1*/f32[3]{0}) all-reduce(%a, %b), \
+replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}, to_apply=%add
+}
+
+ENTRY %main.1 (p: f32[2]) -> f32[2] {
+  %gather = (bf16[2,3]{1,0}, bf16[8,3]{1,0}) all-gather-start(%p), channel_id=5, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %done = bf16[8,3]{1,0} all-gather-done(%gather)
+  %scattered = pred[2,5]{1,0} reduce-scatter(%p), channel_id=6, replica_groups={{0,1},{2,3}}
+  %everywhere = f32[10]{0} all-reduce(%p), replica_groups={}, to_apply=%add
+  %loop = (s32[], f32[6]{0}) while(%init), condition=%cond, body=%body.2
+  %one = bf16[2,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %two = f32[3,20]{1,0} fusion(%p), kind=kLoop, calls=%fused_a
+  %three = f32[3,20]{1,0} fusion(%p), kind=kLoop, calls=%fused_b
+  %combined = u64[]{:T(128)} custom-call(%low, %high), custom_call_target="X64Combine"
+  ROOT %again = u64[]{:T(128)} custom-call(%low, %high), custom_call_target="X64Combine"
+}
+"""
+
+
+def test_collectives_are_counted_once_with_their_larger_side():
+    assert set(Program(HLO).collectives(device_count=8)) == {
+        # 2 bytes * 8 * 3 of the start whose type holds 2 * 3 more, and 4 * 3 * 20 of two fusions
+        # that share a channel.
+        Collectives("all-gather", 4, False, 2, 48 + 240),
+        Collectives("reduce-scatter", 2, False, 2, 2 * 10 + 2 * 4 * 8),
+        Collectives("all-reduce", 8, False, 1, 40),
+        Collectives("all-reduce", 4, True, 1, 4 + 12),
+        Collectives("collective-permute", 2, True, 1, 24),
+    }
+    sizes = [found.num_bytes for found in Program(HLO).collectives(8)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_custom_calls_are_left_out_of_the_estimate():
+    # Two of them are operations of their own; the third is part of a fusion.
+    assert Program(HLO).estimated_seconds(-1.75) == pytest.approx(0.25)
+    assert Program(HLO).estimated_seconds(-2.5) is None
+    looped = HLO.replace(
+        "%call = ", '%c = u64[] custom-call(%x), custom_call_target="X"\n  %call = '
+    )
+    assert Program(looped).estimated_seconds(-1.75) is None
+
+
+def test_bytes_on_a_device_follow_the_sharding():
+    mesh = make_mesh(2, 2, 2)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    split = jax.ShapeDtypeStruct((8, 3, 10), jnp.bfloat16, sharding=sharding)
+    whole = jax.ShapeDtypeStruct((7,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert compile_only.device_bytes({"a": split, "b": [whole]}) == 2 * 2 * 3 * 5 + 4 * 7
+
+
+def test_a_device_has_its_share_of_a_chip():
+    topology = Topology("v3:2x2", [None] * 8, CHIPS["v3"], chips=4)
+    assert topology.device.memory == 16 * 2**30
+    assert (topology.device.tflop_per_s, topology.device.gb_per_s) == (61.5, 450)
+
+
+OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (20.50G) exceeds available HBM (7.48G). HLO module: jit_step."
+)
+
+
+def test_the_compilers_complaint_is_read():
+    assert compile_only.out_of_memory(OUT_OF_MEMORY) == (20.5 * 2**30, 7.48 * 2**30)
+    small = OUT_OF_MEMORY.replace("20.50G", "900.5M").replace("7.48G", "123")
+    assert compile_only.out_of_memory(small) == (900.5 * 2**20, 123)
+    assert compile_only.out_of_memory("INTERNAL: something else") is None
+
+
+def fails(message: str):
+    def compile():
+        raise jax.errors.JaxRuntimeError(message)
+
+    return types.SimpleNamespace(compile=compile)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would_help(capsys):
+    mesh = make_mesh()
+    topology = Topology("v2:2x2", jax.devices(), CHIPS["v2"], chips=4)
+    x = jax.ShapeDtypeStruct((2**20,), jnp.int8, sharding=NamedSharding(mesh, PartitionSpec()))
+    report = lambda lowered: compile_only.report("it", topology, mesh, lowered, {"x": x}, "less")  # noqa: E731
+    assert report(fails(OUT_OF_MEMORY)) is False
+    printed = capsys.readouterr().out
+    assert (
+        "20.500 GiB" in printed and "of 8.000 GiB" in printed and "13.020 GiB too much" in printed
+    )
+    assert "what would help: less" in printed and "1.000 MiB" in printed
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        report(fails("INTERNAL: something else"))
+
+
+def test_without_libtpu_the_way_to_install_it_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r'pip install --editable "\.\[tpu\]"'):
+        compile_only.find_topology("v5e:2x2")
+
+
+def test_an_unknown_chip_is_refused_with_the_list(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    with pytest.raises(ValueError, match=r"'v9:2x2' is not known .*v2, v3.* v5e:16x16"):
+        compile_only.find_topology("v9:2x2")
+
+
+def tiny_config(variant="multi_query", configs=wmt14, **mesh):
+    config = configs.get_config(variant)
+    config.model.update(d_model=32, d_ff=48, num_layers=1, head_dim=8, max_length=16)
+    config.model.vocab_size = config.data.vocab_size = 64
+    config.train.batch_size = 16
+    config.mesh.update(mesh)
+    return config
+
+
+@pytest.fixture
+def cpu_topology(monkeypatch):
+    """The devices of this process in the place of TPUs."""
+    topology = Topology("v5e:2x4", jax.devices(), CHIPS["v5e"], chips=8)
+    monkeypatch.setattr(compile_only, "find_topology", lambda name: topology)
+
+
+def test_the_step_that_is_compiled_is_the_one_that_trains():
+    config, mesh = tiny_config(fsdp=2, tensor=2), make_mesh(2, 2, 2)
+    row = to_arrays([], 16, 16)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    batch = {k: jax.device_put(np.tile(x, (16, 1)), sharding) for k, x in row.items()}
+    _, state, step, _ = set_up(config, mesh)
+    _, abstract, abstract_step, _ = set_up(config, mesh, is_abstract=True)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
+    assert abstract_step.lower(abstract, batch).as_text() == step.lower(state, batch).as_text()
+
+
+def test_a_train_step_is_told_of(cpu_topology, capsys):
+    assert compile_only.train(tiny_config(configs=lm1b, fsdp=2), "v5e:2x4") == 0
+    printed = capsys.readouterr().out
+    assert "8 devices, mesh data=4 fsdp=2 tensor=1" in printed
+    for word in ("parameters", "optimizer", "batch", "activations", "16.000 GiB", "197 TFLOP/s"):
+        assert word in printed
+    assert "all-reduce" in printed
+
+
+def test_every_decode_step_is_told_of(cpu_topology, capsys):
+    configs = {name: tiny_config(name, tensor=2) for name in ("multi_head", "multi_query_local")}
+    sizes = dict(batch_sizes=[8, 16], context_lengths=[16], dtypes=["float32"])
+    assert compile_only.decode(configs, "v5e:2x4", **sizes) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("memory of a device") == 4
+    assert "multi_query_local, a decode step in float32, batch 16, context 16" in printed
+    with pytest.raises(ValueError, match="axis B of BKSH.*has size 6, which the 4 parts"):
+        compile_only.decode(configs, "v5e:2x4", batch_sizes=[6], context_lengths=[16])
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu, the TPU compiler, is not installed: pip install --editable ".[tpu]"',
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "devices", "memory"),
+    [("v2:2x2", 8, 8), ("v3:4x4", 32, 16), ("v4:2x2x1", 4, 32), ("v5e:2x2", 4, 16)],
+)
+def test_topologies(name, devices, memory):
+    topology = compile_only.find_topology(name)
+    assert make_mesh(devices=topology.devices).size == devices
+    assert topology.device.memory == memory * 2**30
+
+
+@needs_libtpu
+def test_a_topology_that_libtpu_does_not_know_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"'v5e:7x7' is not known .*not divisible.* v5e:16x16"):
+        compile_only.find_topology("v5e:7x7")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v2:2x2", "v5e:2x2"])
+def test_real_compilations(name, capsys):
+    assert compile_only.train(tiny_config(fsdp=2), name) == 0
+    configs = {"multi_query": tiny_config()}
+    sizes = dict(batch_sizes=[16], context_lengths=[16])
+    assert compile_only.decode(configs, name, **sizes) == 0
+    trained, decoded = capsys.readouterr().out.split("multi_query, a decode step")
+    assert "by the compiler's cost model" in trained and "by the compiler's cost model" in decoded
+    assert "reduce-scatter" in trained and "collectives: none" in decoded
+
+    configs["multi_query"].model.vocab_size = 2**29
+    assert compile_only.decode(configs, name, **sizes) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
