@@ -133,6 +133,7 @@ def test_a_model_of_another_size(tmp_path):
     with pytest.raises(ValueError, match=r"\(8, 6\).*\(4, 6\)|\(258, 130\).*\(129, 130\)|12.*6"):
         checkpoints.restore_params(longer)
     checkpoints.close()
+    time.sleep(1)
     gc.collect()  # So that the warnings come here, and not in a test to come.
 
 
