@@ -62,12 +62,12 @@ def test_a_run_goes_on_with_other_devices(project):
 
 def test_a_second_interrupt_kills_at_once(project):
     """As when the step, or the checkpoint, takes longer than one would wait."""
-    with Running(project, "twice", setup=SLOWLY.replace("0.3", "i > 2 and 3600")) as killed:
+    with Running(project, "twice", setup=SLOWLY.replace("0.3", "i > 0 and 3600")) as killed:
         killed.until_step(1)
-        while killed.processes[0].poll() is None:
+        for _ in range(100):
             killed.send(signal.SIGINT)
             time.sleep(0.1)
-        assert killed.exit_codes() == [-signal.SIGINT], killed.output()
+        assert killed.processes[0].poll() == -signal.SIGINT, killed.output()
 
 
 def test_a_full_disk_ends_the_run_and_nothing_claims_to_be_saved(project):
@@ -99,15 +99,16 @@ def test_a_skipped_step_is_logged_and_the_run_goes_on(project):
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_before_them(project):
-    """Also if it is stopped meanwhile; with good batches it goes on as if nothing had been."""
-    options = ["--config.train.max_skipped_steps=3"]
+    """At once, though metrics are fetched late; with good batches it then goes on as ever."""
+    options = ["--config.train.max_skipped_steps=3", "--config.train.log_every=8"]
     for _ in range(2):
         with Running(project, "bad", *options, setup=BAD_BATCHES % set(range(4, 8))) as bad:
             assert bad.exit_codes() == [1]
         assert "3 steps in a row, 5 to 7, was not finite" in bad.output()
         assert checkpoints(bad.workdir) == [3, 4]
     train(project, "bad", *options)
-    assert losses(bad.workdir) == losses(project / "run")
+    (ours,), (theirs,) = (records(project / name, "validation") for name in ("bad", "run"))
+    assert ours["loss"] == theirs["loss"]
 
 
 @pytest.mark.parametrize(
