@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mqa_jax.roofline import abstract_caches, step_weights
+from mqa_jax.roofline import PEAK_TFLOP_PER_S, abstract_caches, step_weights
 from mqa_jax.sharding import ShardingRules, make_mesh
 from mqa_jax.training import MODELS, set_up
 from mqa_jax.transformer import TransformerConfig
@@ -52,13 +52,13 @@ class Chip:
 # From the page of each chip in https://docs.cloud.google.com/tpu/docs; of v2, which has none any
 # more, from the table that JAX keeps for Pallas (`jax.experimental.pallas.tpu.TpuInfo`).
 CHIPS = {
-    "v2": Chip(16 * GIB, 46, 716),
-    "v3": Chip(32 * GIB, 123, 900),
-    "v4": Chip(32 * GIB, 275, 1200),
-    "v5e": Chip(16 * GIB, 197, 819),
-    "v5p": Chip(95 * GIB, 459, 2765),
-    "v6e": Chip(32 * GIB, 918, 1638),
-    "tpu7x": Chip(192 * GIB, 2307, 7380),
+    "v2": Chip(16 * GIB, 2 * PEAK_TFLOP_PER_S["TPU v2"], 716),
+    "v3": Chip(32 * GIB, 2 * PEAK_TFLOP_PER_S["TPU v3"], 900),
+    "v4": Chip(32 * GIB, PEAK_TFLOP_PER_S["TPU v4"], 1200),
+    "v5e": Chip(16 * GIB, PEAK_TFLOP_PER_S["TPU v5 lite"], 819),
+    "v5p": Chip(95 * GIB, PEAK_TFLOP_PER_S["TPU v5"], 2765),
+    "v6e": Chip(32 * GIB, PEAK_TFLOP_PER_S["TPU v6 lite"], 1638),
+    "tpu7x": Chip(192 * GIB, 2 * PEAK_TFLOP_PER_S["TPU7x"], 7380),
 }
 
 # Those that were tried; libtpu knows others, which work as well.
