@@ -15,6 +15,7 @@ Array letters: B batch   S slots   K key/value heads   N query heads   H head di
 import functools
 import itertools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -63,7 +64,11 @@ def main(_) -> None:
         f"{bandwidth / 1e9:.1f} GB/s"
     )
     records = []
-    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.value]
+    shapes = []
+    for shape in SHAPES.value:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise app.UsageError(f"--shapes takes rows x slots such as 8x2048, not {shape!r}")
+        shapes.append(tuple(map(int, shape.split("x"))))
     for (batch, slots), kv_heads in itertools.product(shapes, (1, 8)):
         cache_bytes = 2 * jnp.dtype(DTYPE.value).itemsize * batch * kv_heads * slots * H
         keys = jax.random.split(jax.random.key(0), max(2, int(ROTATED_BYTES / cache_bytes)))

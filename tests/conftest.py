@@ -8,8 +8,11 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from pathlib import Path
+
 import jax
 import pytest
+from running import train, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,12 @@ def strict_jax():
     """Ranks and dtypes are promoted by hand or not at all."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """A directory with parallel text and, under `run`, a model trained on it for 8 steps."""
+    directory = tmp_path_factory.mktemp("project")
+    write_text(directory)
+    train(directory, "run")
+    return directory

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from running import (
@@ -20,17 +19,7 @@ from running import (
     run_well,
     train,
     train_args,
-    write_text,
 )
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A directory with parallel text and, under `run`, a model trained on it."""
-    directory = tmp_path_factory.mktemp("project")
-    write_text(directory)
-    train(directory, "run")
-    return directory
 
 
 def test_training_reports_progress_and_leaves_what_decoding_needs(project):
