@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import topologies
@@ -397,7 +398,8 @@ def train(config: ConfigDict, topology_name: str) -> int:
     mesh = make_mesh(**config.mesh, devices=topology.devices)
     batch_size = config.train.batch_size
     _, state, step, _ = set_up(config, mesh, is_abstract=True)
-    row = to_arrays([[]], config.data.source_length, config.data.target_length)
+    source_length, target_length = config.data.source_length, config.data.target_length
+    row = to_arrays(np.zeros((1, source_length + target_length), np.int32), source_length)
     batch = {
         name: _abstract(mesh, "BT", (batch_size, x.shape[1]), x.dtype) for name, x in row.items()
     }

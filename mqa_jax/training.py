@@ -110,7 +110,8 @@ class TrainState:
 
     Attributes:
       step: updates done; also the position in the data, counted in batches.
-      params: the model's weights.
+      params: the model's weights, arrays without the `nnx.Variable` around each: JAX takes these
+        apart in Python at every step, which costs milliseconds.
       opt_state: the optimizer's.
     """
 
@@ -129,7 +130,8 @@ def abstract_state(
     rules = rules or ShardingRules()
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
     params = nnx.state(model)
-    shardings = rules.params(mesh, params)
+    shardings = nnx.as_pure(rules.params(mesh, params))
+    params = nnx.as_pure(params)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
@@ -174,7 +176,7 @@ def init_state(
     model, abstract = abstract_state(build, optimizer, mesh, rules)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with on_mesh(mesh, rules or ShardingRules()):
-        params = nnx.state(build(rngs=nnx.Rngs(params=seed)))
+        params = nnx.as_pure(nnx.state(build(rngs=nnx.Rngs(params=seed))))
     # What `param` did not make: the norms, which are small.
     params = jax.device_put(params, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)

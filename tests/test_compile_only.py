@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -167,7 +168,7 @@ def cpu_topology(monkeypatch):
 
 def test_the_step_that_is_compiled_is_the_one_that_trains():
     config, mesh = tiny_config(fsdp=2, tensor=2), make_mesh(2, 2, 2)
-    batch = to_arrays([[]] * 16, 16, 16)
+    batch = to_arrays(np.zeros((16, 32), np.int32), 16)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     batch = {name: jax.device_put(x, sharding) for name, x in batch.items()}
     _, state, step, _ = set_up(config, mesh)

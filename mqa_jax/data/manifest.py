@@ -2,7 +2,7 @@
 
 manifest.json                       written last: a directory without it is not whole
 tokenizer.model                     `mqa_jax.data.tokenizer`
-<split>.array_record                one record a row: msgpack of [[source_ids, target_ids], ...]
+<split>.array_record                one record a row: the tokens of `packing.to_tokens`, as RECORD
 validation.<side>.txt, test....     raw text, one example a line, in the order of the source data
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+RECORD = "<i4"  # NumPy's name of the integers of a record
 
 
 @dataclasses.dataclass(frozen=True)

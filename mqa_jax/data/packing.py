@@ -1,4 +1,4 @@
-"""Sentence pairs into rows of fixed length, and rows into arrays.
+"""Sentence pairs into rows of fixed length, rows into tokens, and tokens into arrays.
 
 Array letters: B rows   S source_length   T target_length
 
@@ -11,7 +11,7 @@ from itertools import chain
 
 import numpy as np
 
-from mqa_jax.data.tokenizer import BOS_ID, PAD_ID
+from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -61,62 +61,78 @@ def pack(pairs: Iterable[Pair], source_length: int, target_length: int) -> Itera
     yield from rows
 
 
-def to_arrays(
-    rows: Sequence[Sequence[Pair]], source_length: int, target_length: int
-) -> dict[str, np.ndarray]:
-    """Rows as int32 arrays; an empty row is all padding.
+def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np.ndarray:
+    """A row as it is stored: its source tokens, its target tokens, padding behind both.
+
+    EOS alone tells its sentences apart.
+
+    Args:
+      row: pairs; none of them is a row of padding.
+      source_length: `S`; 0 for a language model.
+      target_length: `T`.
+
+    Returns:
+      int32 `[S + T]`.
+
+    Raises:
+      ValueError: the pairs are longer than the row, or a sentence does not end in its only EOS.
+    """
+    sides = []
+    for side, length in enumerate((source_length, target_length)):
+        sentences = [pair[side] for pair in row] if length else []
+        tokens = list(chain.from_iterable(sentences))
+        if len(tokens) > length:
+            raise ValueError(
+                f"{len(tokens)} {('source', 'target')[side]} tokens do not fit into a row of "
+                f"{length}: pack them into longer rows"
+            )
+        for sentence in sentences:
+            if sentence[-1] != EOS_ID or EOS_ID in sentence[:-1] or PAD_ID in sentence:
+                raise ValueError(
+                    f"the sentence {list(sentence)} must end in EOS ({EOS_ID}), which along with "
+                    f"PAD ({PAD_ID}) must be nowhere else in it: encode it with `Tokenizer`"
+                )
+        sides.append(np.pad(np.array(tokens, np.int32), (0, length - len(tokens))))
+    return np.concatenate(sides)
+
+
+def to_arrays(tokens: np.ndarray, source_length: int) -> dict[str, np.ndarray]:
+    """Rows of `to_tokens` as the arrays that a model is trained on.
 
     Segment ids count from 1 and are 0 where there is padding, positions count from 0 in each
     segment, and `target_inputs` is BOS and then `targets` one place later, in each segment anew.
 
     Args:
-      rows: `B` of them, each a list of pairs.
+      tokens: int32 `[B, S + T]`.
       source_length: `S`; 0 for a language model.
-      target_length: `T`.
 
     Returns:
-      `source_tokens`, `source_segment_ids`, `source_positions`, each `[B, S]` and absent when `S`
-      is 0; `target_inputs`, `targets`, `target_segment_ids`, `target_positions`, each `[B, T]`.
-
-    Raises:
-      ValueError: the pairs of a row are longer than the row.
+      int32 `source_tokens`, `source_segment_ids`, `source_positions`, each `[B, S]` and absent when
+      `S` is 0; `target_inputs`, `targets`, `target_segment_ids`, `target_positions`, each `[B, T]`.
     """
+    source_tokens, targets = tokens[:, :source_length], tokens[:, source_length:]
     arrays = {}
-    sources = [[pair[0] for pair in row] for row in rows]
-    source_tokens, segment_ids, positions = _segments("source", sources, source_length)
     if source_length:
+        segment_ids, positions = _segments(source_tokens)
         arrays["source_tokens"] = source_tokens
         arrays["source_segment_ids"] = segment_ids
         arrays["source_positions"] = positions
-    targets = [[pair[1] for pair in row] for row in rows]
-    target_tokens, segment_ids, positions = _segments("target", targets, target_length)
-    inputs = np.where(positions == 0, BOS_ID, np.roll(target_tokens, 1, axis=1))
+    segment_ids, positions = _segments(targets)
+    inputs = np.where(positions == 0, BOS_ID, np.roll(targets, 1, axis=1))
     arrays["target_inputs"] = np.where(segment_ids == 0, PAD_ID, inputs).astype(np.int32)
-    arrays["targets"] = target_tokens
+    arrays["targets"] = targets
     arrays["target_segment_ids"] = segment_ids
     arrays["target_positions"] = positions
     return arrays
 
 
-def _segments(
-    side: str, rows: Sequence[Sequence[Sequence[int]]], length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, segment ids and positions, each `[B, length]`."""
-    lengths = [[len(sentence) for sentence in row] for row in rows]
-    totals = np.array([sum(row) for row in lengths], np.int32)
-    if totals.max(initial=0) > length:
-        raise ValueError(
-            f"a row of {totals.max()} {side} tokens was packed for longer rows than {length}: "
-            "prepare the data again"
-        )
-    # All rows at once: a fast device takes a batch every few milliseconds.
-    is_token = np.arange(length) < totals[:, None]
-    tokens = np.full(is_token.shape, PAD_ID, np.int32)
-    segment_ids, positions = np.zeros((2, *is_token.shape), np.int32)
-    sentence_lengths = np.array(list(chain.from_iterable(lengths)), np.int32)
-    segments = list(chain.from_iterable(range(1, len(row) + 1) for row in lengths))
-    starts = np.cumsum(sentence_lengths) - sentence_lengths
-    tokens[is_token] = list(chain.from_iterable(chain.from_iterable(rows)))
-    segment_ids[is_token] = np.repeat(segments, sentence_lengths)
-    positions[is_token] = np.arange(totals.sum()) - np.repeat(starts, sentence_lengths)
-    return tokens, segment_ids, positions
+def _segments(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and positions, both of the shape of `tokens`, `[B, length]`."""
+    # In NumPy, for all rows at once: the thread that runs this keeps Python from the one that starts
+    # the steps, and a fast device does one every few milliseconds.
+    index, is_token = np.arange(tokens.shape[1]), tokens != PAD_ID
+    is_first = np.roll(tokens == EOS_ID, 1, axis=1)
+    is_first[:, 0] = True
+    segment_ids = np.where(is_token, np.cumsum(is_first, axis=1), 0)
+    positions = index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)
+    return segment_ids.astype(np.int32), np.where(is_token, positions, 0).astype(np.int32)

@@ -4,14 +4,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqa_jax.data import packing
-from mqa_jax.data.packing import pack, to_arrays
+from mqa_jax.data.packing import pack, to_arrays, to_tokens
 
 S, T = 11, 13
 
 
+def arrays_of(rows, source_length, target_length):
+    tokens = [to_tokens(row, source_length, target_length) for row in rows]
+    shape = len(rows), source_length + target_length
+    return to_arrays(np.array(tokens, np.int32).reshape(shape), source_length)
+
+
 def sentences(length):
-    return st.integers(1, length).flatmap(
-        lambda n: st.lists(st.integers(3, 99), min_size=n, max_size=n)
+    """Ending in EOS, with all lengths alike likely."""
+    return st.integers(0, length - 1).flatmap(
+        lambda n: st.lists(st.integers(3, 99), min_size=n, max_size=n).map(lambda ids: [*ids, 2])
     )
 
 
@@ -87,7 +94,7 @@ def test_a_source_is_refused_where_there_is_none():
 
 def test_arrays_by_hand():
     rows = [[([11, 12, 2], [21, 2]), ([13, 2], [22, 23, 24, 2])], [], [([14, 2], [25, 2])]]
-    arrays = to_arrays(rows, 7, 8)
+    arrays = arrays_of(rows, 7, 8)
     empty = [0] * 7, [0] * 8
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "source_tokens": [[11, 12, 2, 13, 2, 0, 0], empty[0], [14, 2, 0, 0, 0, 0, 0]],
@@ -103,7 +110,7 @@ def test_arrays_by_hand():
 
 def test_arrays_of_a_full_row():
     """The last target is nobody's input, above all not the first one's."""
-    arrays = to_arrays([[([], [21, 22, 2])]], 0, 3)
+    arrays = arrays_of([[([], [21, 22, 2])]], 0, 3)
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "target_inputs": [[1, 21, 22]],
         "targets": [[21, 22, 2]],
@@ -116,7 +123,7 @@ def test_arrays_of_a_full_row():
 @given(PAIRS)
 def test_arrays_give_the_pairs_back(pairs):
     rows = list(pack(pairs, S, T))
-    batch = to_arrays(rows, S, T)
+    batch = arrays_of(rows, S, T)
     for i, row in enumerate(rows):
         arrays = {name: array[i] for name, array in batch.items()}
         for segment, (source, target) in enumerate(row, start=1):
@@ -136,12 +143,22 @@ def test_arrays_give_the_pairs_back(pairs):
 
 
 def test_an_empty_row_is_padding():
-    arrays = to_arrays([[]], 5, 3)
+    arrays = arrays_of([[]], 5, 3)
     assert [array.shape for array in arrays.values()] == [(1, 5)] * 3 + [(1, 3)] * 4
     assert not any(array.any() for array in arrays.values())
 
 
-@pytest.mark.parametrize("row, side", [([([5] * 6, [6])], "source"), ([([5], [6] * 4)], "target")])
-def test_a_row_packed_for_longer_rows_is_refused(row, side):
-    with pytest.raises(ValueError, match=rf"a row of \d {side} tokens"):
-        to_arrays([[], row], 5, 3)
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ([([5] * 5 + [2], [6, 2])], "6 source tokens do not fit into a row of 5"),
+        ([([5, 2], [6, 2]), ([5, 2], [7, 2])], "4 target tokens do not fit into a row of 3"),
+        ([([5, 6], [6, 2])], r"the sentence \[5, 6\] must end in EOS \(2\)"),
+        ([([5, 2], [2, 2])], r"the sentence \[2, 2\] must end in EOS"),
+        ([([5, 0, 2], [6, 2])], r"the sentence \[5, 0, 2\] .* PAD \(0\) must be nowhere else"),
+    ],
+    ids=str,
+)
+def test_a_row_that_could_not_be_read_again_is_refused(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_tokens(row, 5, 3)

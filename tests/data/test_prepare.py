@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgpack
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -19,8 +19,18 @@ from mqa_jax.data.tokenizer import EOS_ID, Tokenizer
 
 
 def rows(directory, split):
+    """Lists of pairs of ids, read off the stored tokens by their EOS."""
     source = ArrayRecordDataSource(str(directory / f"{split}.array_record"))
-    return [msgpack.unpackb(record) for record in source.__getitems__(range(len(source)))]
+    length = Manifest.read(directory).request["source_length"]
+    packed = []
+    for record in source.__getitems__(range(len(source))):
+        tokens = np.frombuffer(record, "<i4")
+        sources, targets = (
+            [part.tolist() for part in np.split(side, np.flatnonzero(side == EOS_ID) + 1)[:-1]]
+            for side in (tokens[:length], tokens[length:])
+        )
+        packed.append(list(zip(sources or [[]] * len(targets), targets, strict=True)))
+    return packed
 
 
 def texts(directory, split):
