@@ -128,8 +128,8 @@ def to_arrays(tokens: np.ndarray, source_length: int) -> dict[str, np.ndarray]:
 
 def _segments(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Segment ids and positions, both of the shape of `tokens`, `[B, length]`."""
-    # In NumPy, for all rows at once: the thread that runs this keeps Python from the one that starts
-    # the steps, and a fast device does one every few milliseconds.
+    # In NumPy, for all rows at once: who runs this keeps Python from the thread that starts the
+    # steps, and a fast device does one every few milliseconds.
     index, is_token = np.arange(tokens.shape[1]), tokens != PAD_ID
     is_first = np.roll(tokens == EOS_ID, 1, axis=1)
     is_first[:, 0] = True
