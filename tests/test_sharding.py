@@ -30,6 +30,8 @@ CONFIG = TransformerConfig(
     max_length=11,
 )
 
+ONE_AXIS = [(8, 1, 1), (1, 8, 1), (1, 1, 8)]
+
 
 def test_mesh_takes_what_is_left_for_minus_one():
     assert dict(make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
@@ -156,10 +158,13 @@ def test_gradients_of_sharded_weights_are_the_same():
     jax.tree.map(close, gradient(sharded, batch), gradient(params, x))
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 4])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ONE_AXIS)]
+)
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
 @pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
-def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads):
-    config = dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads, max_length=16)
+def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, sizes):
+    config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=num_kv_heads, max_length=16)
     graphdef, params = nnx.split(model_type(config, rngs=nnx.Rngs(3)))
     source = jax.random.randint(jax.random.key(1), (8, 11), 2, 40)
 
@@ -179,7 +184,7 @@ def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads):
         )
         return decoded.tokens, decoded.length
 
-    mesh, rules = make_mesh(2, 2, 2), ShardingRules()
+    mesh, rules = make_mesh(*sizes), ShardingRules()
     sharded = jax.device_put(params, rules.params(mesh, params))
     batch = jax.device_put(source, rules.sharding(mesh, "BT", source.shape))
     for search in (greedy, functools.partial(beam_search, beam_size=3)):
