@@ -19,7 +19,9 @@ only compiles, for a TPU that need not be here, and tells whether it fits, and w
 import dataclasses
 import functools
 import math
+import os
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mqa_jax import compile_only
 from mqa_jax import workdir as workdirs
-from mqa_jax.checkpoint import Checkpoints
+from mqa_jax.checkpoint import Checkpoints, SaveError
 from mqa_jax.data import loader
 from mqa_jax.data.prepare import prepare
 from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
@@ -280,7 +282,13 @@ def main(_) -> int:
         raise app.UsageError("give --workdir to train, or --compile_only")
     if DISTRIBUTED.value:
         initialize(PEER_TIMEOUT.value)
-    return train(CONFIG.value, WORKDIR.value)
+    try:
+        return train(CONFIG.value, WORKDIR.value)
+    except SaveError:
+        # As Python ends, what Orbax and TensorBoard have left half-done complains for pages. So it
+        # does not end in its own way, and the reason is the last line.
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ from mqa_jax.training import TrainState
 MANIFEST = "manifest.json"
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it stand."""
+
+
 class Checkpoints:
     """The checkpoints of a working directory, written in the background, each whole or not at all.
 
@@ -65,7 +69,7 @@ class Checkpoints:
         done: one at a time takes memory of the host.
 
         Raises:
-          RuntimeError: this save, or the one before, failed.
+          SaveError: this save, or the one before, failed.
         """
         self.wait()
         step = int(state.step)
@@ -107,15 +111,15 @@ class Checkpoints:
         """Waits until the last save is signed.
 
         Raises:
-          RuntimeError: it failed.
+          SaveError: it failed.
         """
         if self._saving:
             (step, future), self._saving = self._saving, None
             if error := future.exception():
                 raise self._failure(step, error)
 
-    def _failure(self, step: int, error: Exception) -> RuntimeError:
-        return RuntimeError(
+    def _failure(self, step: int, error: Exception) -> SaveError:
+        return SaveError(
             f"checkpoint {step} could not be written into {self._directory}: {error}. The newest "
             f"one there is of step {self.latest_step()}; make room, and run the same command again"
         )

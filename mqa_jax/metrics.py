@@ -1,14 +1,19 @@
 """How good translations are, and where the figures of a run go."""
 
 import json
+import operator
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sacrebleu
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
+
+FLUSH_SECONDS = 60
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
@@ -17,17 +22,21 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, s
     Raises:
       ValueError: not as many hypotheses as references, or none at all.
     """
-    if len(hypotheses) != len(references) or not hypotheses:
-        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
+    _check(hypotheses, references)
     metric = sacrebleu.BLEU()
     score = metric.corpus_score(list(hypotheses), [list(references)]).score
     return score, str(metric.get_signature())
 
 
 def exact_match(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """The share of hypotheses that are their reference to the letter."""
-    pairs = list(zip(hypotheses, references, strict=True))
-    return sum(hypothesis == reference for hypothesis, reference in pairs) / len(pairs)
+    """The share of hypotheses that are their reference to the letter; raises as `bleu` does."""
+    _check(hypotheses, references)
+    return sum(map(operator.eq, hypotheses, references)) / len(references)
+
+
+def _check(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    if len(hypotheses) != len(references) or not hypotheses:
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
 
 
 class MetricLog:
@@ -45,18 +54,36 @@ class MetricLog:
         # Line-buffered, so that a killed run loses at most the line being written.
         path = Path(workdir) / "metrics.jsonl"
         self._file = path.open("a", buffering=1, encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir))
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits
+        # for it forever. By its time alone a file would replace that of a run a second before.
+        prefix, suffix = Path(workdir) / "events", f".{time.time_ns()}"
+        self._events = EventsWriter(str(prefix), filename_suffix=suffix)
+        self._flushed = time.monotonic()
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not is_terminal)
         self._step = step
 
     def write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        """Logs `figures`, of a `kind` such as "train" or "validation", as they are after `step`."""
+        """Logs `figures`, of a `kind` such as "train" or "validation", as they are after `step`.
+
+        Raises:
+          OSError: the disk is full, say; it names a file of the directory.
+        """
         figures = {name: float(value) for name, value in figures.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **figures}))
-        self._file.write("\n")
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        now = time.time()
+        try:
+            self._file.write(
+                json.dumps({"kind": kind, "step": step, "time": now, **figures}) + "\n"
+            )
+            for name, value in figures.items():
+                scalar = summary.scalar(f"{kind}/{name}", value)
+                self._events.write_event(Event(wall_time=now, step=step, summary=scalar))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            # Python's own message does not say which file.
+            raise OSError(error.errno, error.strerror, self._file.name) from None
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self._bar.disable or kind != "train":
             self.print(f"step {step:>7,} {kind:>10}  {shown}")
@@ -74,5 +101,5 @@ class MetricLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._tensorboard.close()
+        self._events.close()
         self._file.close()

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mqa_jax import checkpoint
-from mqa_jax.checkpoint import Checkpoints
+from mqa_jax.checkpoint import Checkpoints, SaveError
 from mqa_jax.sharding import MESH_AXES
 from mqa_jax.training import (
     TrainState,
@@ -235,7 +235,7 @@ def test_an_old_one_goes_when_the_new_one_is_signed_and_not_before(tmp_path, mon
         checkpoints = Checkpoints(tmp_path, keep=1)
         checkpoints.save(states[1])
         expected = r"checkpoint 6 .*No space left on device. The newest one there is of step 4"
-        with pytest.raises(RuntimeError, match=expected):
+        with pytest.raises(SaveError, match=expected):
             for _ in range(6_000):
                 checkpoints.check()
                 time.sleep(0.01)
@@ -250,7 +250,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     """Root may write where others may not: here a file is in the way."""
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file")
-    with pytest.raises(RuntimeError, match="checkpoint 4 could not be written into .*file"):
+    with pytest.raises(SaveError, match="checkpoint 4 could not be written into .*file"):
         checkpoints.save(make_state("adamw", 0, step=4))
         checkpoints.wait()
     checkpoints.close()

@@ -75,9 +75,9 @@ def test_a_full_disk_ends_the_run_and_nothing_claims_to_be_saved(project):
     full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     failed = run("-c", behind(full), *train_args(project, "full"), cwd=project)
     assert failed.returncode == 1
-    # Orbax tells of what it dropped before this line and, as Python ends, behind it.
-    (reason,) = (line for line in failed.stderr.splitlines() if line.startswith("RuntimeError: c"))
-    assert reason.startswith("RuntimeError: checkpoint 3 could not be written")
+    # Behind all that Orbax has to say of what it dropped.
+    reason = failed.stderr.splitlines()[-1]
+    assert reason.startswith("mqa_jax.checkpoint.SaveError: checkpoint 3 could not be written")
     assert "File too large" in reason and "The newest one there is of step None" in reason
     assert checkpoints(project / "full") == []
     train(project, "full")
