@@ -5,8 +5,9 @@ python train.py --config=configs/multi30k.py:multi_query --workdir=DIR [--config
 The same command again resumes the run where it stopped, and gives what it would have given.
 
 Exit codes: 0, all steps are done; 75, stopped by SIGTERM or SIGINT with a checkpoint of the last
-step that was done (a second SIGINT kills at once); 1, an error, which is printed. A run that is
-killed goes on from its newest whole checkpoint.
+step that was done; 1, an error, which is printed. A signal takes effect behind the step or the
+evaluation under way; a second SIGINT kills at once. A run that is killed goes on from its newest
+whole checkpoint.
 
 With several processes each gets `--distributed` and the same other flags, as
 `mqa_jax.processes.initialize` says.
