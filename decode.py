@@ -105,8 +105,9 @@ def decode_text(workdir: Path) -> None:
     from tqdm import tqdm
 
     from mqa_jax import workdir as workdirs
+    from mqa_jax.data import BOS_ID, EOS_ID
     from mqa_jax.data.loader import read_lines
-    from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+    from mqa_jax.data.tokenizer import Tokenizer
     from mqa_jax.metrics import bleu, exact_match
 
     config = workdirs.load_config(workdir)

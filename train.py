@@ -37,9 +37,9 @@ from ml_collections import ConfigDict, config_flags
 from mqa_jax import compile_only
 from mqa_jax import workdir as workdirs
 from mqa_jax.checkpoint import Checkpoints, SaveError
-from mqa_jax.data import loader
+from mqa_jax.data import BOS_ID, EOS_ID, loader
 from mqa_jax.data.prepare import prepare
-from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.decoding import greedy
 from mqa_jax.generate import LineDecoder
 from mqa_jax.metrics import MetricLog, bleu, exact_match

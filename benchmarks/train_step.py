@@ -71,7 +71,6 @@ def ours() -> None:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from mqa_jax.data import loader
-    from mqa_jax.data.packing import to_arrays
     from mqa_jax.roofline import PEAK_TFLOP_PER_S
     from mqa_jax.sharding import ShardingRules, make_mesh
     from mqa_jax.training import set_up, train_flops
@@ -82,8 +81,11 @@ def ours() -> None:
     size, lengths = config.train.batch_size, (config.data.source_length, config.data.target_length)
     random = np.random.default_rng(0)
     # No EOS among them: one sentence fills a row.
-    tokens = random.integers(3, config.model.vocab_size, (size, sum(lengths)), np.int32)
-    batch = to_arrays(tokens, lengths[0])
+    batch = {
+        f"{side}_tokens": random.integers(3, config.model.vocab_size, (size, length), np.int32)
+        for side, length in zip(("source", "target"), lengths, strict=True)
+        if length
+    }
     if DATA.value:
         batches = loader.train_batches(DATA.value, batch_size=size, seed=0, start=0)
         batch = next(batches)
@@ -101,7 +103,7 @@ def ours() -> None:
         return seconds(run, lambda: jax.block_until_ready(state))
 
     # Padding is no token: only the loader's batches have any.
-    tokens = int(sum(np.sum(x > 0) for name, x in batch.items() if "segment" in name))
+    tokens = int(sum(np.sum(x > 0) for x in batch.values()))
     flops, device = train_flops(model, size, *lengths), jax.devices()[0].device_kind
     peak = PEAK.value or PEAK_TFLOP_PER_S.get(device)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))

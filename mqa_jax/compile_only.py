@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import topologies
@@ -269,16 +268,14 @@ def train(config: ConfigDict, topology_name: str) -> int:
       ValueError: an unknown topology, or a mesh or a batch that do not divide.
       RuntimeError: libtpu is not installed.
     """
-    from mqa_jax.data.packing import to_arrays  # The tokenizer's library need not be there.
-
     topology = find_topology(topology_name)
     mesh = make_mesh(**config.mesh, devices=topology.devices)
     batch_size = config.train.batch_size
     _, state, step, _ = set_up(config, mesh, is_abstract=True)
-    source_length, target_length = config.data.source_length, config.data.target_length
-    row = to_arrays(np.zeros((1, source_length + target_length), np.int32), source_length)
     batch = {
-        name: _abstract(mesh, "BT", (batch_size, x.shape[1]), x.dtype) for name, x in row.items()
+        f"{side}_tokens": _abstract(mesh, "BT", (batch_size, length), jnp.int32)
+        for side in ("source", "target")
+        if (length := config.data[f"{side}_length"])
     }
     fits = report(
         f"a train step, batch {batch_size}",

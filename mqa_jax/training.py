@@ -1,6 +1,6 @@
 """Loss, learning-rate schedule, optimizer, and the train and eval steps.
 
-Array letters: B batch   T target length   V vocabulary
+Array letters: B batch   S source length   T target length   V vocabulary
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID
 from mqa_jax.sharding import ShardingRules, on_mesh
 from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
 
@@ -183,22 +184,49 @@ def init_state(
     return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
+def segments(tokens_BT: Array) -> tuple[Array, Array]:
+    """Which sentence of its row each token is of, and which token of the sentence it is.
+
+    On the device, so that what the host sends for each step is the tokens alone.
+
+    Args:
+      tokens_BT: sentences one behind the other, each up to its EOS, then padding.
+
+    Returns:
+      segment ids, from 1 and 0 for padding, and positions, from 0; both int32 `[B, T]`.
+    """
+    index_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    is_first_BT = (jnp.roll(tokens_BT, 1, axis=1) == EOS_ID) | (index_T == 0)
+    first_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T, 0), axis=1)
+    segment_ids_BT = jnp.cumsum(is_first_BT, axis=1, dtype=jnp.int32)
+    is_token_BT = tokens_BT != PAD_ID
+    return jnp.where(is_token_BT, segment_ids_BT, 0), jnp.where(is_token_BT, index_T - first_BT, 0)
+
+
 def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
-    """Logits `[B, T, V]` of a batch as `mqa_jax.data` makes it."""
+    """Logits `[B, T, V]` of a batch.
+
+    Args:
+      model: with its weights.
+      batch: `target_tokens`, int32 `[B, T]`, and for a translation `source_tokens`, `[B, S]`, as
+        `mqa_jax.data.loader` makes them: sentences one behind the other, each up to its EOS, then
+        padding. What the model is given to predict a token is BOS or the one before.
+      rngs: dropout is applied when given.
+    """
+    targets_BT = batch["target_tokens"]
+    segment_ids_BT, positions_BT = segments(targets_BT)
+    inputs_BT = jnp.where(positions_BT == 0, BOS_ID, jnp.roll(targets_BT, 1, axis=1))
     if isinstance(model, DecoderOnly):
-        return model(
-            batch["target_inputs"],
-            segment_ids=batch["target_segment_ids"],
-            positions=batch["target_positions"],
-            rngs=rngs,
-        )
-    segments_and_positions = {
-        f"{side}_{what}": batch[f"{side}_{what}"]
-        for side in ("source", "target")
-        for what in ("segment_ids", "positions")
-    }
+        return model(inputs_BT, segment_ids=segment_ids_BT, positions=positions_BT, rngs=rngs)
+    source_segment_ids_BS, source_positions_BS = segments(batch["source_tokens"])
     return model(
-        batch["source_tokens"], batch["target_inputs"], rngs=rngs, **segments_and_positions
+        batch["source_tokens"],
+        inputs_BT,
+        source_segment_ids=source_segment_ids_BS,
+        target_segment_ids=segment_ids_BT,
+        source_positions=source_positions_BS,
+        target_positions=positions_BT,
+        rngs=rngs,
     )
 
 
@@ -231,9 +259,9 @@ def make_train_step(
       rules: those of the state; `ShardingRules()` when None.
 
     Returns:
-      a function of state and batch to the new state and the metrics `loss`, `ln_perplexity` (both
-      the mean a target token, in nats), `accuracy`, `gradient_norm`, `tokens` (target tokens) and
-      `skipped` (1 for an update that was skipped, else 0).
+      a function of state and batch (see `apply`) to the new state and the metrics `loss`,
+      `ln_perplexity` (both the mean a target token, in nats), `accuracy`, `gradient_norm`, `tokens`
+      (target tokens) and `skipped` (1 for an update that was skipped, else 0).
 
     Raises:
       ValueError: `accumulate` below 1, or (of the function returned) a batch that it does not
@@ -247,7 +275,7 @@ def make_train_step(
         with on_mesh(state.step.sharding.mesh, rules or ShardingRules()):
             logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
         loss_BT, nll_BT = cross_entropy(
-            logits_BTV, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss
+            logits_BTV, batch["target_tokens"], label_smoothing=label_smoothing, z_loss=z_loss
         )
         sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
         return sums["loss"], sums
@@ -389,7 +417,7 @@ def make_eval_step(
     def eval_step(params: nnx.State, batch: Batch) -> Metrics:
         with on_mesh(mesh, rules or ShardingRules()):
             logits_BTV = apply(nnx.merge(graphdef, params), batch, rngs=None)
-        loss_BT, nll_BT = cross_entropy(logits_BTV, batch["targets"])
+        loss_BT, nll_BT = cross_entropy(logits_BTV, batch["target_tokens"])
         return _sums(loss_BT, nll_BT, logits_BTV, batch)
 
     return eval_step
@@ -397,8 +425,9 @@ def make_eval_step(
 
 def _sums(loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch) -> Metrics:
     """Sums over the tokens that are no padding; unlike means, they add up over batches."""
-    is_token_BT = (batch["target_segment_ids"] > 0).astype(jnp.float32)
-    is_right_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
+    targets_BT = batch["target_tokens"]
+    is_token_BT = (targets_BT != PAD_ID).astype(jnp.float32)
+    is_right_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32)
     return {
         "loss": jnp.sum(loss_BT * is_token_BT),
         "nll": jnp.sum(nll_BT * is_token_BT),

@@ -257,13 +257,8 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 
 def make_batch(seed, rows=4, length=5):
-    ids = np.random.default_rng(seed).integers(3, 11, (rows, length)).astype(np.int32)
-    return dict(
-        target_inputs=np.roll(ids, 1, axis=1),
-        targets=ids,
-        target_segment_ids=np.ones_like(ids),
-        target_positions=np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape),
-    )
+    tokens = np.random.default_rng(seed).integers(3, 11, (rows, length)).astype(np.int32)
+    return dict(target_tokens=tokens)
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax promotes integer counts to float.

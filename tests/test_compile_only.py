@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import lm1b, wmt14
 from mqa_jax import compile_only
 from mqa_jax.compile_only import CHIPS, Topology
-from mqa_jax.data.packing import to_arrays
 from mqa_jax.sharding import make_mesh
 from mqa_jax.training import set_up
 
@@ -96,9 +95,9 @@ def cpu_topology(monkeypatch):
 
 def test_the_step_that_is_compiled_is_the_one_that_trains():
     config, mesh = tiny_config(fsdp=2, tensor=2), make_mesh(2, 2, 2)
-    batch = to_arrays(np.zeros((16, 32), np.int32), 16)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    batch = {name: jax.device_put(x, sharding) for name, x in batch.items()}
+    tokens = jax.device_put(np.zeros((16, 16), np.int32), sharding)
+    batch = dict(source_tokens=tokens, target_tokens=tokens)
     _, state, step, _ = set_up(config, mesh)
     _, abstract, abstract_step, _ = set_up(config, mesh, is_abstract=True)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))

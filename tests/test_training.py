@@ -14,9 +14,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
+from mqa_jax.data import BOS_ID, EOS_ID
+from mqa_jax.data.packing import pack, to_tokens
 from mqa_jax.sharding import MESH_AXES, make_mesh
 from mqa_jax.training import (
     MODELS,
@@ -28,10 +32,11 @@ from mqa_jax.training import (
     make_train_step,
     mean_metrics,
     rsqrt_schedule,
+    segments,
     train_flops,
 )
 
-BOS, MAX_LENGTH = 1, 16
+MAX_LENGTH = 16
 SIZES = dict(
     vocab_size=22,
     d_model=14,
@@ -168,38 +173,55 @@ def put(batch, sizes=(1, 1, 1)):
 
 
 def sentences(*lengths):
+    """Pairs of them, of these lengths with their EOS."""
     rng = np.random.default_rng(0)
-    return [(rng.integers(3, 22, s), rng.integers(3, 22, t)) for s, t in lengths]
+    return [
+        tuple(np.append(rng.integers(3, 22, n - 1), EOS_ID).astype(np.int32) for n in pair)
+        for pair in lengths
+    ]
 
 
 def make_batch(rows, source_length, target_length):
-    """Rows of sentences, one behind the other; where there is none, ids that must not matter."""
-    rng, sides = np.random.default_rng(1), dict(source=source_length, target=target_length)
-    batch = {}
-    for side, length in sides.items():
-        for name in ("segment_ids", "positions"):
-            batch[f"{side}_{name}"] = np.zeros((len(rows), length), np.int32)
-    for name, side in dict(
-        source_tokens="source", target_inputs="target", targets="target"
-    ).items():
-        batch[name] = rng.integers(3, 22, (len(rows), sides[side])).astype(np.int32)
-    for row, packed in enumerate(rows):
-        s = t = 0
-        for segment, (source, target) in enumerate(packed, start=1):
-            in_source, in_target = slice(s, s + len(source)), slice(t, t + len(target))
-            batch["source_tokens"][row, in_source] = source
-            batch["target_inputs"][row, in_target] = [BOS, *target[:-1]]
-            batch["targets"][row, in_target] = target
-            for side, where in dict(source=in_source, target=in_target).items():
-                batch[f"{side}_segment_ids"][row, where] = segment
-                batch[f"{side}_positions"][row, where] = np.arange(where.stop - where.start)
-            s, t = in_source.stop, in_target.stop
-    return batch
+    """Rows of pairs of sentences, one behind the other."""
+    lengths = source_length, target_length
+    source, target = np.split(
+        np.array([to_tokens(row, *lengths) for row in rows]), [source_length], axis=1
+    )
+    return dict(source_tokens=source, target_tokens=target)
 
 
 def close(actual, expected, **tolerance):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), actual, expected)
+
+
+def test_segments_by_hand():
+    tokens = [[11, 12, 2, 13, 2, 0, 0], [0] * 7, [14, 15, 16, 17, 18, 19, 2], [2, 2, 0, 0, 0, 0, 0]]
+    segment_ids, positions = segments(jnp.array(tokens, jnp.int32))
+    assert segment_ids.tolist() == [[1, 1, 1, 2, 2, 0, 0], [0] * 7, [1] * 7, [1, 2] + [0] * 5]
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7, [*range(7)], [0] * 7]
+    assert segment_ids.dtype == positions.dtype == jnp.int32
+
+
+@given(st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_segments_are_the_sentences_that_were_packed(lengths):
+    (*rows,) = pack(sentences(*lengths), 11, 13)
+    batch = make_batch(rows, 11, 13)
+    for i, side in enumerate(("source", "target")):
+        tokens = batch[f"{side}_tokens"]
+        segment_ids, positions = map(np.asarray, segments(tokens))
+        for row, row_tokens, row_ids, row_positions in zip(
+            rows, tokens, segment_ids, positions, strict=True
+        ):
+            for segment, pair in enumerate(row, start=1):
+                assert row_tokens[row_ids == segment].tolist() == pair[i].tolist()
+                assert row_positions[row_ids == segment].tolist() == [*range(len(pair[i]))]
+            assert row_ids.max() == len(row)
+            assert (
+                np.all((row_ids == 0) == (row_tokens == 0))
+                and not row_positions[row_ids == 0].any()
+            )
 
 
 def random_batch(rows=8):
@@ -220,7 +242,7 @@ def sums_alone(task, model, params, pairs, label_smoothing, z_loss):
 
     nlls, losses, right = [], [], 0
     for source, target in pairs:
-        logits = np.asarray(logits_of(params, source, np.array([BOS, *target[:-1]])), np.float64)
+        logits = np.asarray(logits_of(params, source, np.array([BOS_ID, *target[:-1]])), np.float64)
         log_z = np.log(np.sum(np.exp(logits), axis=-1))
         nll = log_z - logits[np.arange(len(target)), target]
         smooth = (1 - label_smoothing) * nll + label_smoothing * (log_z - np.mean(logits, axis=-1))
@@ -390,7 +412,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_position(optimizer):
     state, metrics = step(state, batch)
     assert float(metrics["skipped"]) == 0
     before = jax.device_get(state)
-    outside = batch | dict(target_inputs=batch["target_inputs"] + 99)  # ids without a vector
+    outside = batch | dict(target_tokens=batch["target_tokens"] + 99)  # ids without a vector
     state, metrics = step(state, outside)
     assert np.isnan(float(metrics["loss"])) and float(metrics["skipped"]) == 1
     jax.tree.map(np.testing.assert_array_equal, state.params, before.params)

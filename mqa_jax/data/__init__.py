@@ -2,3 +2,6 @@
 
 Nothing in here imports JAX, and nothing imports TensorFlow.
 """
+
+# Of every vocabulary.
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)

@@ -12,7 +12,6 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mqa_jax.data.manifest import RECORD, Manifest, records_path
-from mqa_jax.data.packing import to_arrays
 
 Batch = dict[str, np.ndarray]
 
@@ -45,8 +44,8 @@ def train_batches(
       process_count: how many there are.
 
     Yields:
-      int32 arrays `[B, S]` and `[B, T]` as in `packing.to_arrays`, where
-      `B = batch_size / process_count`.
+      int32 `source_tokens`, `[B, S]` and absent when `S` is 0, and `target_tokens`, `[B, T]`, where
+      `B = batch_size / process_count`; the sides of `packing.to_tokens`.
 
     Raises:
       ValueError: there are fewer rows than `batch_size`, or they cannot be shared out evenly.
@@ -107,12 +106,15 @@ class _Rows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         tokens = np.zeros((len(indices), self._source_length + self._target_length), np.int32)
-        # Padding comes last. One process's share of the last batch can be all padding.
+        # Rows of padding come last, and one process's share of a batch can be all padding.
         if real := indices[indices < self.count].tolist():
             # In one call for all: a call for each takes twenty times as long.
             records = self._records.__getitems__(real)
             tokens[: len(real)] = np.frombuffer(b"".join(records), RECORD).reshape(len(real), -1)
-        return to_arrays(tokens, self._source_length)
+        # Views would be copied as they are sent to the device, by the thread that starts the steps.
+        sides = [side.copy() for side in np.split(tokens, [self._source_length], axis=1)]
+        names = ("source_tokens", "target_tokens")
+        return {name: side for name, side in zip(names, sides, strict=True) if side.size}
 
 
 def _batches(

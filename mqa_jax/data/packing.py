@@ -1,6 +1,6 @@
-"""Sentence pairs into rows of fixed length, rows into tokens, and tokens into arrays.
+"""Sentence pairs into rows of fixed length.
 
-Array letters: B rows   S source_length   T target_length
+Array letters: S source_length   T target_length
 
 A pair is `(source_ids, target_ids)`, both ending in EOS; a language model's has an empty source. A
 row is a list of pairs that attend only to themselves. Unpacked text is rows of one pair each.
@@ -11,7 +11,7 @@ from itertools import chain
 
 import numpy as np
 
-from mqa_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from mqa_jax.data import EOS_ID, PAD_ID
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -62,9 +62,9 @@ def pack(pairs: Iterable[Pair], source_length: int, target_length: int) -> Itera
 
 
 def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np.ndarray:
-    """A row as it is stored: its source tokens, its target tokens, padding behind both.
+    """A row as it is stored: its source tokens and its target tokens, padding behind either.
 
-    EOS alone tells its sentences apart.
+    EOS alone tells its sentences apart; `training.segments` does.
 
     Args:
       row: pairs; none of them is a row of padding.
@@ -94,45 +94,3 @@ def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np
                 )
         sides.append(np.pad(np.array(tokens, np.int32), (0, length - len(tokens))))
     return np.concatenate(sides)
-
-
-def to_arrays(tokens: np.ndarray, source_length: int) -> dict[str, np.ndarray]:
-    """Rows of `to_tokens` as the arrays that a model is trained on.
-
-    Segment ids count from 1 and are 0 where there is padding, positions count from 0 in each
-    segment, and `target_inputs` is BOS and then `targets` one place later, in each segment anew.
-
-    Args:
-      tokens: int32 `[B, S + T]`.
-      source_length: `S`; 0 for a language model.
-
-    Returns:
-      int32 `source_tokens`, `source_segment_ids`, `source_positions`, each `[B, S]` and absent when
-      `S` is 0; `target_inputs`, `targets`, `target_segment_ids`, `target_positions`, each `[B, T]`.
-    """
-    source_tokens, targets = tokens[:, :source_length], tokens[:, source_length:]
-    arrays = {}
-    if source_length:
-        segment_ids, positions = _segments(source_tokens)
-        arrays["source_tokens"] = source_tokens
-        arrays["source_segment_ids"] = segment_ids
-        arrays["source_positions"] = positions
-    segment_ids, positions = _segments(targets)
-    inputs = np.where(positions == 0, BOS_ID, np.roll(targets, 1, axis=1))
-    arrays["target_inputs"] = np.where(segment_ids == 0, PAD_ID, inputs).astype(np.int32)
-    arrays["targets"] = targets
-    arrays["target_segment_ids"] = segment_ids
-    arrays["target_positions"] = positions
-    return arrays
-
-
-def _segments(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions, both of the shape of `tokens`, `[B, length]`."""
-    # In NumPy, for all rows at once: who runs this keeps Python from the thread that starts the
-    # steps, and a fast device does one every few milliseconds.
-    index, is_token = np.arange(tokens.shape[1]), tokens != PAD_ID
-    is_first = np.roll(tokens == EOS_ID, 1, axis=1)
-    is_first[:, 0] = True
-    segment_ids = np.where(is_token, np.cumsum(is_first, axis=1), 0)
-    positions = index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)
-    return segment_ids.astype(np.int32), np.where(is_token, positions, 0).astype(np.int32)

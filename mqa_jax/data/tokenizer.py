@@ -11,10 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-PAD_ID = 0
-BOS_ID = 1
-EOS_ID = 2
-UNK_ID = 3
+from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 # Beyond this the pieces hardly change, and training takes much memory and time.
 MAX_TRAINING_SENTENCES = 2_000_000
@@ -33,7 +30,7 @@ class Tokenizer:
           model: a serialized SentencePiece model, as `train` writes it.
 
         Raises:
-          ValueError: it is none, or not one with the ids of this module.
+          ValueError: it is none, or not one with the ids of `mqa_jax.data`.
         """
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)

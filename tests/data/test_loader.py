@@ -36,27 +36,22 @@ def joined(batches):
 
 def row_keys(batches):
     """What tells rows from each other."""
-    return [row.tobytes() for batch in batches for row in batch["targets"]]
+    return [row.tobytes() for batch in batches for row in batch["target_tokens"]]
 
 
 def test_shapes_and_names(directory):
     (batch,) = take(1, directory, batch_size=BATCH, seed=0)
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "source_tokens": ((6, 37), np.int32),
-        "source_segment_ids": ((6, 37), np.int32),
-        "source_positions": ((6, 37), np.int32),
-        "target_inputs": ((6, 41), np.int32),
-        "targets": ((6, 41), np.int32),
-        "target_segment_ids": ((6, 41), np.int32),
-        "target_positions": ((6, 41), np.int32),
+        "target_tokens": ((6, 41), np.int32),
     }
-    assert all(batch["target_segment_ids"][:, 0] == 1)
+    assert all(batch["target_tokens"][:, 0] > 0)
 
 
 def test_language_model_has_no_source(config):
     config.update(source="", source_length=0, vocab_size=281)
     (batch,) = take(1, prepare(config), batch_size=BATCH, seed=0)
-    assert batch.keys() == {"target_inputs", "targets", "target_segment_ids", "target_positions"}
+    assert batch.keys() == {"target_tokens"}
 
 
 def test_every_epoch_has_every_row_once_in_another_order(directory):
@@ -87,7 +82,7 @@ def test_a_stream_is_one_integer_on_any_number_of_processes(directory, start, pr
              process_index=p, process_count=processes)
         for p in range(processes)
     ]  # fmt: skip
-    assert all(len(part[0]["targets"]) == BATCH // processes for part in parts)
+    assert all(len(part[0]["target_tokens"]) == BATCH // processes for part in parts)
     assert_same([joined(of_all) for of_all in zip(*parts, strict=True)], whole)
 
 
@@ -104,10 +99,10 @@ def test_eval_has_every_row_in_order_and_then_padding(directory, batch_size):
     rows = Manifest.read(directory).split("validation").rows
     batches = list(eval_batches(directory, "validation", batch_size=batch_size))
     assert len(batches) == -(-rows // batch_size)
-    assert all(len(batch["targets"]) == batch_size for batch in batches)
+    assert all(len(batch["target_tokens"]) == batch_size for batch in batches)
     whole = joined(batches)
     assert not any(array[rows:].any() for array in whole.values())
-    assert all(whole["target_segment_ids"][:rows, 0] == 1)
+    assert all(whole["target_tokens"][:rows, 0] > 0)
     one_by_one = joined(list(eval_batches(directory, "validation", batch_size=1)))
     for name, array in whole.items():
         np.testing.assert_array_equal(array[:rows], one_by_one[name])
@@ -118,7 +113,7 @@ def test_eval_unpacked_is_the_text_in_order(config):
     directory = prepare(config)
     tokenizer = Tokenizer.load(directory / "tokenizer.model")
     batches = joined(list(eval_batches(directory, "validation", batch_size=4)))
-    for side, name in (("en", "source_tokens"), ("de", "targets")):
+    for side, name in (("en", "source_tokens"), ("de", "target_tokens")):
         decoded = [tokenizer.decode(row) for row in batches[name]]
         assert decoded == [*read_lines(directory / f"validation.{side}.txt"), "", "", ""]
 

@@ -4,15 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqa_jax.data import packing
-from mqa_jax.data.packing import pack, to_arrays, to_tokens
+from mqa_jax.data.packing import pack, to_tokens
 
 S, T = 11, 13
-
-
-def arrays_of(rows, source_length, target_length):
-    tokens = [to_tokens(row, source_length, target_length) for row in rows]
-    shape = len(rows), source_length + target_length
-    return to_arrays(np.array(tokens, np.int32).reshape(shape), source_length)
 
 
 def sentences(length):
@@ -92,60 +86,13 @@ def test_a_source_is_refused_where_there_is_none():
         list(pack([([5], [6])], 0, 13))
 
 
-def test_arrays_by_hand():
-    rows = [[([11, 12, 2], [21, 2]), ([13, 2], [22, 23, 24, 2])], [], [([14, 2], [25, 2])]]
-    arrays = arrays_of(rows, 7, 8)
-    empty = [0] * 7, [0] * 8
-    assert {name: array.tolist() for name, array in arrays.items()} == {
-        "source_tokens": [[11, 12, 2, 13, 2, 0, 0], empty[0], [14, 2, 0, 0, 0, 0, 0]],
-        "source_segment_ids": [[1, 1, 1, 2, 2, 0, 0], empty[0], [1, 1, 0, 0, 0, 0, 0]],
-        "source_positions": [[0, 1, 2, 0, 1, 0, 0], empty[0], [0, 1, 0, 0, 0, 0, 0]],
-        "target_inputs": [[1, 21, 1, 22, 23, 24, 0, 0], empty[1], [1, 25, 0, 0, 0, 0, 0, 0]],
-        "targets": [[21, 2, 22, 23, 24, 2, 0, 0], empty[1], [25, 2, 0, 0, 0, 0, 0, 0]],
-        "target_segment_ids": [[1, 1, 2, 2, 2, 2, 0, 0], empty[1], [1, 1, 0, 0, 0, 0, 0, 0]],
-        "target_positions": [[0, 1, 0, 1, 2, 3, 0, 0], empty[1], [0, 1, 0, 0, 0, 0, 0, 0]],
-    }
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
-
-
-def test_arrays_of_a_full_row():
-    """The last target is nobody's input, above all not the first one's."""
-    arrays = arrays_of([[([], [21, 22, 2])]], 0, 3)
-    assert {name: array.tolist() for name, array in arrays.items()} == {
-        "target_inputs": [[1, 21, 22]],
-        "targets": [[21, 22, 2]],
-        "target_segment_ids": [[1, 1, 1]],
-        "target_positions": [[0, 1, 2]],
-    }
-
-
-@settings(deadline=None)
-@given(PAIRS)
-def test_arrays_give_the_pairs_back(pairs):
-    rows = list(pack(pairs, S, T))
-    batch = arrays_of(rows, S, T)
-    for i, row in enumerate(rows):
-        arrays = {name: array[i] for name, array in batch.items()}
-        for segment, (source, target) in enumerate(row, start=1):
-            of_source = arrays["source_segment_ids"] == segment
-            of_target = arrays["target_segment_ids"] == segment
-            assert arrays["source_tokens"][of_source].tolist() == source
-            assert arrays["source_positions"][of_source].tolist() == list(range(len(source)))
-            assert arrays["targets"][of_target].tolist() == target
-            assert arrays["target_inputs"][of_target].tolist() == [1, *target[:-1]]
-            assert arrays["target_positions"][of_target].tolist() == list(range(len(target)))
-        assert arrays["source_segment_ids"].max() == arrays["target_segment_ids"].max() == len(row)
-        for side in ("source", "target"):
-            padding = arrays[f"{side}_segment_ids"] == 0
-            for name, array in arrays.items():
-                if name.startswith(side):
-                    assert not array[padding].any()
-
-
-def test_an_empty_row_is_padding():
-    arrays = arrays_of([[]], 5, 3)
-    assert [array.shape for array in arrays.values()] == [(1, 5)] * 3 + [(1, 3)] * 4
-    assert not any(array.any() for array in arrays.values())
+def test_tokens_of_a_row():
+    row = [([11, 12, 2], [21, 2]), ([13, 2], [22, 23, 24, 2])]
+    tokens = to_tokens(row, 7, 8)
+    assert tokens.tolist() == [11, 12, 2, 13, 2, 0, 0, 21, 2, 22, 23, 24, 2, 0, 0]
+    assert tokens.dtype == np.int32
+    assert to_tokens([([], [21, 22, 2])], 0, 3).tolist() == [21, 22, 2]
+    assert to_tokens([], 2, 3).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import tarfile
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from configs import lm1b, wmt14
+from mqa_jax.data import EOS_ID
 from mqa_jax.data import raw as raw_module
 from mqa_jax.data.loader import read_lines, train_batches
 from mqa_jax.data.manifest import Manifest
@@ -125,7 +127,7 @@ def test_wmt14(mirror, tmp_path):
     english, german = (read_lines(directory / f"test.{side}.txt") for side in ("en", "de"))
     assert sorted(zip(english, german, strict=True)) == sorted(PAIRS[34:37])
     batch = next(train_batches(directory, batch_size=2, seed=0, start=0))
-    assert batch["source_tokens"].shape == (2, 128) and batch["target_segment_ids"].max() > 1
+    assert batch["source_tokens"].shape == (2, 128) and np.sum(batch["target_tokens"] == EOS_ID) > 2
 
 
 def test_lm1b(mirror, tmp_path):
@@ -138,4 +140,4 @@ def test_lm1b(mirror, tmp_path):
         en for en, _ in PAIRS[30:]
     )
     batch = next(train_batches(directory, batch_size=2, seed=0, start=0))
-    assert batch["targets"].shape == (2, 128) and "source_tokens" not in batch
+    assert batch["target_tokens"].shape == (2, 128) and "source_tokens" not in batch

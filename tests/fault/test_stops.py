@@ -23,7 +23,7 @@ import mqa_jax.data.loader as loader
 all_batches = loader.train_batches
 def train_batches(*args, start, **kwargs):
     for i, batch in enumerate(all_batches(*args, start=start, **kwargs), start=start):
-        yield batch | {"target_inputs": batch["target_inputs"] + 9999 * (i in %s)}
+        yield batch | {"target_tokens": batch["target_tokens"] + 9999 * (i in %s)}
 loader.train_batches = train_batches
 """
 
