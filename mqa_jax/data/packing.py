@@ -87,7 +87,7 @@ def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np
                 f"{length}: pack them into longer rows"
             )
         for sentence in sentences:
-            if sentence[-1] != EOS_ID or EOS_ID in sentence[:-1] or PAD_ID in sentence:
+            if list(sentence[-1:]) != [EOS_ID] or EOS_ID in sentence[:-1] or PAD_ID in sentence:
                 raise ValueError(
                     f"the sentence {list(sentence)} must end in EOS ({EOS_ID}), which along with "
                     f"PAD ({PAD_ID}) must be nowhere else in it: encode it with `Tokenizer`"

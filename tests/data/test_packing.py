@@ -100,6 +100,7 @@ def test_tokens_of_a_row():
     [
         ([([5] * 5 + [2], [6, 2])], "6 source tokens do not fit into a row of 5"),
         ([([5, 2], [6, 2]), ([5, 2], [7, 2])], "4 target tokens do not fit into a row of 3"),
+        ([([], [6, 2])], r"the sentence \[\] must end in EOS"),
         ([([5, 6], [6, 2])], r"the sentence \[5, 6\] must end in EOS \(2\)"),
         ([([5, 2], [2, 2])], r"the sentence \[2, 2\] must end in EOS"),
         ([([5, 0, 2], [6, 2])], r"the sentence \[5, 0, 2\] .* PAD \(0\) must be nowhere else"),
