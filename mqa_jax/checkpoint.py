@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from mqa_jax.training import TrainState
@@ -229,7 +230,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # An `nnx.Variable` is one more step of the path to its array, and no part of the name.
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.as_pure(tree))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

@@ -102,6 +102,8 @@ def test_weights_alone(tmp_path):
     same(checkpoints.restore_params(make_state("adamw", 1, step=0).params), state.params)
     shapes = nnx.state(nnx.eval_shape(Weights))
     same(checkpoints.restore_params(shapes), state.params)
+    # A run's state has arrays where a module has Variables around them.
+    same(checkpoints.restore_params(nnx.as_pure(shapes)), nnx.as_pure(state.params))
     checkpoints.close()
 
 
