@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,11 @@ class MetricLog:
     """
 
     def __init__(self, workdir: str | Path, total_steps: int, step: int = 0):
-        # Line-buffered, so that a killed run loses at most the line being written.
+        # Line-buffered, so that a killed run loses at most the line being written, of which it may
+        # have left a part.
         path = Path(workdir) / "metrics.jsonl"
+        path.touch()
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = path.open("a", buffering=1, encoding="utf-8")
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits
         # for it forever. By its time alone a file would replace that of a run a second before.

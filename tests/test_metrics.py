@@ -85,6 +85,8 @@ def test_a_run_and_its_resumption_leave_one_log(tmp_path, capsys):
     log.write("validation", 10, {"loss": 3.25})
     log.print("a remark")
     log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # as a kill may leave it
     # In the same second.
     log = MetricLog(str(tmp_path), 70, step=10)
     log.write("train", 20, {"loss": 1.5, "tokens": 13})
