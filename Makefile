@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
-WORKDIR ?= runs/quickstart
 EXTRAS ?= dev
+INSTALLED := $(VENV)/installed-$(EXTRAS)
+WORKDIR ?= runs/quickstart
 
 .PHONY: install quickstart figures test test-slow lint clean
 

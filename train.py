@@ -286,8 +286,8 @@ def main(_) -> int:
     try:
         return train(CONFIG.value, WORKDIR.value)
     except SaveError:
-        # As Python ends, what Orbax and TensorBoard have left half-done complains for pages. So it
-        # does not end in its own way, and the reason is the last line.
+        # As Python ends, what Orbax has left half-done complains for pages. So it does not end in
+        # its own way, and the reason is the last line.
         traceback.print_exc()
         os._exit(1)
 

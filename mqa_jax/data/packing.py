@@ -67,7 +67,7 @@ def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np
     EOS alone tells its sentences apart; `training.segments` does.
 
     Args:
-      row: pairs; none of them is a row of padding.
+      row: pairs; an empty row is all padding.
       source_length: `S`; 0 for a language model.
       target_length: `T`.
 
