@@ -29,7 +29,7 @@ quickstart: $(INSTALLED)
 
 # The README's picture and table, and the others, from the last run that was kept: measures nothing.
 figures: $(INSTALLED)
-	$(BIN)/python -m mqa_jax.report docs/benchmark.json docs --readme=README.md
+	$(BIN)/python -m mqa_jax.measure.report docs/benchmark.json docs --readme=README.md
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax import Array
 
-from mqa_jax.attention import _attend, _attend_to_cache, padding_mask
-from mqa_jax.flash_decode import flash_decode
-from mqa_jax.roofline import probe
+from mqa_jax.attention import padding_mask
+from mqa_jax.attention.functional import attend, attend_to_cache
+from mqa_jax.attention.kernels.gpu import flash_decode
+from mqa_jax.measure.roofline import probe
 
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of queries and caches.")
 SHAPES = flags.DEFINE_list(
@@ -84,11 +85,11 @@ def main(_) -> None:
         sets = [(*arrays(key), jnp.full(batch, slots)) for key in keys]
 
         def plain(query, key, value, end):
-            return _attend(query, key, value, padding_mask(end, key.shape[2]))
+            return attend(query, key, value, padding_mask(end, key.shape[2]))
 
         def engine(query, key, value, end):
             mask = padding_mask(end, key.shape[2])
-            return _attend_to_cache(query, key, value, mask, end_B=end)
+            return attend_to_cache(query, key, value, mask, end_B=end)
 
         def total(query, key, value, end):
             return jnp.sum(key, dtype=jnp.float32) + jnp.sum(value, dtype=jnp.float32)

@@ -70,10 +70,10 @@ def ours() -> None:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from mqa_jax.core.devices import PEAK_TFLOP_PER_S
+    from mqa_jax.core.sharding import ShardingRules, make_mesh
     from mqa_jax.data import loader
-    from mqa_jax.roofline import PEAK_TFLOP_PER_S
-    from mqa_jax.sharding import ShardingRules, make_mesh
-    from mqa_jax.training import set_up, train_flops
+    from mqa_jax.train.setup import set_up, train_flops
 
     config = CONFIG.value
     mesh = make_mesh(**config.mesh)

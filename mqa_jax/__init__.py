@@ -10,10 +10,12 @@ from mqa_jax.attention import (
     padding_mask,
     segment_mask,
 )
-from mqa_jax.decoding import Decoded, beam_search, greedy, sample
-from mqa_jax.generate import Generator
-from mqa_jax.kv_cache import CrossCache, KVCache, RingCache
-from mqa_jax.transformer import DecoderOnly, EncoderDecoder, TransformerConfig
+from mqa_jax.attention.cache import CrossCache, KVCache, RingCache
+from mqa_jax.decode.beam import beam_search
+from mqa_jax.decode.generate import Generator
+from mqa_jax.decode.search import Decoded, greedy, sample
+from mqa_jax.model.config import TransformerConfig
+from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
 
 __all__ = [
     "Attention",

@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import lm1b, multi30k, quickstart, wmt14
 from mqa_jax import TransformerConfig
-from mqa_jax.training import build_model
+from mqa_jax.model.transformer import build_model
 
 # heads, key/value heads, head dim, window; and d_ff for translation, for the language model
 PAPER = {

@@ -26,7 +26,7 @@ def test_import_pulls_in_nothing_heavy():
 
 
 def test_import_of_the_benchmark_pulls_in_nothing_heavy():
-    program = "import sys, mqa_jax.benchmark; print(*sys.modules)"
+    program = "import sys, mqa_jax.measure.benchmark; print(*sys.modules)"
     loaded = {name.split(".")[0] for name in run(program).split()}
     assert "mqa_jax" in loaded and not loaded & set(HEAVY)
 

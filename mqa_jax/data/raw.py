@@ -10,12 +10,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from mqa_jax.data.number_phrases import NumberPhrases
-from mqa_jax.data.parallel_text import (
-    LINE,
-    ParallelText,
-    ParallelTextConfig,
-    parallel_text_config,
-)
+from mqa_jax.data.parallel_text import LINE, ParallelText, ParallelTextConfig, parallel_text_config
 
 SPLITS = ("train", "validation", "test")
 

@@ -1,0 +1,1 @@
+"""Kernels for one platform each, with the semantics of `functional.attend`; chosen there."""

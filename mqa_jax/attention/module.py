@@ -1,0 +1,301 @@
+"""The attention modules: projections around the function, with caches passed in and returned.
+
+Array letters, those of `jax.nn.dot_product_attention`:
+  B batch   T query length   S key/value length   N query heads   K key/value heads
+  H head dim   D model dim   R rows   b beam   W window
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from mqa_jax.attention.cache import BeamCache, CrossCache, KVCache, RingCache
+from mqa_jax.attention.functional import (
+    attend,
+    attend_to_cache,
+    causal_mask,
+    check_mask,
+    check_window,
+    heads_first,
+)
+from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.linear import linear
+from mqa_jax.core.sharding import param
+
+SelfCache = KVCache | RingCache | BeamCache
+
+
+class Attention(nnx.Module):
+    """Attention with `num_heads` query heads over `num_kv_heads` key/value heads, no biases.
+
+    The weights are `query [N, H, D]`, `key [K, H, D]`, `value [K, H, D]` and `out [D, N, H]`, and
+    the module is the products of the paper's sections 2.4 and 3.1 around `dot_product_attention`.
+    It holds no state but its weights: caches are passed in and returned.
+
+    Args:
+      d_model: `D`.
+      num_heads: `N`.
+      num_kv_heads: `K`, which must divide `N`.
+      head_dim: `H`; `d_model // num_heads` when None.
+      window: local self-attention: a token sees itself and the `window - 1` tokens before it.
+      dropout_rate: for the attention weights; takes effect where `__call__` is given `rngs`.
+      dtype: of the activations and the caches.
+      param_dtype: of the weights.
+      rngs: where the weights' initial values come from.
+
+    Raises:
+      ValueError: a size below 1, `num_kv_heads` that does not divide `num_heads`, or no `head_dim`
+        where `num_heads` does not divide `d_model`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int | None = None,
+        *,
+        window: int | None = None,
+        dropout_rate: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        for name, size in dict(
+            d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads
+        ).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: each "
+                "key/value head serves the same number of query heads"
+            )
+        if head_dim is None:
+            if d_model % num_heads:
+                raise ValueError(
+                    f"num_heads={num_heads} does not divide d_model={d_model}: give head_dim"
+                )
+            head_dim = d_model // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, not {head_dim}")
+        check_window(window)
+        self.window = window
+        self.dtype = dtype
+        self.dropout = Dropout(dropout_rate)
+        weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
+        self.query = weight("NHD", (num_heads, head_dim, d_model), fan_in=d_model)
+        self.key = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
+        self.value = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
+        self.out = weight("DNH", (d_model, num_heads, head_dim), fan_in=num_heads * head_dim)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        memory_BSD: Array | None = None,
+        *,
+        mask: Array | None = None,
+        is_causal: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Array:
+        """Attends over a whole sequence: to itself, or to `memory_BSD` where that is given.
+
+        Args:
+          x_BTD: what asks.
+          memory_BSD: what is attended to (cross-attention); `x_BTD` itself when None.
+          mask: bool, rank 4, broadcastable to `[B, N, T, S]`; True = attend.
+          is_causal: a token sees itself and those before it (self-attention only).
+          rngs: dropout is applied when given (stream `dropout`), and is not when None.
+
+        Returns:
+          `[B, T, D]`.
+
+        Raises:
+          ValueError: shapes that do not fit, or a window or `is_causal` with a memory.
+        """
+        self._check_input("x_BTD", x_BTD)
+        is_cross = memory_BSD is not None
+        if is_cross:
+            self._check_input("memory_BSD", memory_BSD, batch=x_BTD.shape[0])
+            if is_causal or self.window is not None:
+                raise ValueError(
+                    f"is_causal={is_causal}, window={self.window} with a memory: cross-attention "
+                    "sees all of its memory; hide keys with a mask"
+                )
+        query_BTNH = self._project(x_BTD, self.query)
+        source_BSD = memory_BSD if is_cross else x_BTD
+        key_BKSH = heads_first(self._project(source_BSD, self.key))
+        value_BKSH = heads_first(self._project(source_BSD, self.value))
+        if mask is not None:
+            batch, length, num_heads, _ = query_BTNH.shape
+            check_mask(mask, (batch, num_heads, length, source_BSD.shape[1]))
+        if is_causal or self.window is not None:
+            positions = jnp.arange(x_BTD.shape[1])[None]
+            causal = causal_mask(positions, positions, self.window)
+            mask = causal if mask is None else mask & causal
+        dropout = None if rngs is None else functools.partial(self.dropout, rngs=rngs)
+        return self._output(attend(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout))
+
+    def init_cache(self, batch: int, length: int) -> KVCache | RingCache:
+        """An empty cache: of `length` slots, or a ring of `window` slots for local attention."""
+        num_kv_heads, head_dim, _ = self.key.shape
+        cache_type, slots = (KVCache, length) if self.window is None else (RingCache, self.window)
+        if batch < 1 or slots < 1:
+            raise ValueError(f"a cache needs batch and length of at least 1, not {batch}, {length}")
+        shape = (batch, num_kv_heads, slots, head_dim)
+        # Two buffers, not one twice: a donated buffer may be given away only once.
+        return cache_type(
+            key=jnp.zeros(shape, self.dtype),
+            value=jnp.zeros(shape, self.dtype),
+            length=jnp.zeros(batch, jnp.int32),
+        )
+
+    def init_cross_cache(self, memory_BSD: Array, mask_BS: Array | None = None) -> CrossCache:
+        """Projects an encoder's output, once; `mask_BS` (bool) is False where it is padding."""
+        self._check_input("memory_BSD", memory_BSD)
+        if mask_BS is None:
+            mask_BS = jnp.ones(memory_BSD.shape[:2], bool)
+        if mask_BS.shape != memory_BSD.shape[:2] or mask_BS.dtype != bool:
+            raise ValueError(
+                f"mask_BS must be bool of shape {memory_BSD.shape[:2]}, the memory's, not "
+                f"{mask_BS.dtype} of shape {mask_BS.shape}"
+            )
+        return CrossCache(
+            key=heads_first(self._project(memory_BSD, self.key)),
+            value=heads_first(self._project(memory_BSD, self.value)),
+            mask=mask_BS,
+        )
+
+    def prefill(
+        self, x_BTD: Array, cache: SelfCache, lengths_B: ArrayLike | None = None
+    ) -> tuple[Array, SelfCache]:
+        """Causal self-attention of `T` new tokens a row, behind those that the cache holds.
+
+        A prompt goes in whole, or in chunks by several calls.
+
+        Args:
+          x_BTD: the new tokens, padded on the right.
+          cache: from `init_cache`, or from an earlier call.
+          lengths_B: how many of the `T` tokens of each row are real; all when None.
+
+        Returns:
+          `[B, T, D]`, of no meaning at padding, and the new cache.
+
+        Raises:
+          ValueError: shapes that do not fit, lengths outside `0 .. T`, or more tokens than a
+            full-length cache has room for. Under `jax.jit`, where lengths are not known, such a row
+            turns to NaN instead.
+        """
+        batch = cache.length.shape[0]
+        self._check_input("x_BTD", x_BTD, batch=batch)
+        if isinstance(cache, BeamCache):
+            return self._decode_beams(x_BTD, cache)
+        length = x_BTD.shape[1]
+        if lengths_B is None:
+            lengths_B = jnp.full(batch, length, jnp.int32)
+        lengths_B = jnp.asarray(lengths_B, jnp.int32)
+        if lengths_B.shape != (batch,):
+            raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
+        is_wrong_B = (lengths_B < 0) | (lengths_B > length)
+        if not isinstance(is_wrong_B, jax.core.Tracer) and jnp.any(is_wrong_B):
+            raise ValueError(
+                f"lengths_B={lengths_B.tolist()}, but each row has {length} tokens: give lengths "
+                f"from 0 to {length}"
+            )
+        query_BTNH = self._project(x_BTD, self.query)
+        key_BTKH = self._project(x_BTD, self.key)
+        value_BTKH = self._project(x_BTD, self.value)
+        query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
+        cache, key_BKSH, value_BKSH, key_positions_BS, overflow_B = cache.append(
+            key_BTKH, value_BTKH, lengths_B
+        )
+        mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
+        # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
+        end_B = jnp.minimum(cache.length, key_BKSH.shape[2]) if length == 1 else None
+        output_BTNH = attend_to_cache(query_BTNH, key_BKSH, value_BKSH, mask, end_B)
+        is_lost_B = (overflow_B | is_wrong_B)[:, None, None, None]
+        output_BTNH = jnp.where(is_lost_B, jnp.nan, output_BTNH)
+        return self._output(output_BTNH), cache
+
+    def _decode_beams(self, x_R1D: Array, cache: BeamCache) -> tuple[Array, BeamCache]:
+        """All hypotheses of a batch element ask all of its keys at once, each seeing its own."""
+        rows, length, _ = x_R1D.shape
+        if length != 1:
+            raise ValueError(f"a BeamCache takes one token a row, not T={length}")
+        batch, _, beam_size, _, _ = cache.key.shape
+        query_BbNH, key_BbKH, value_BbKH = (
+            self._project(x_R1D, weight).reshape(batch, beam_size, *weight.shape[:2])
+            for weight in (self.query, self.key, self.value)
+        )
+        cache, key_BKSH, value_BKSH, mask, overflow_Bb = cache.append(key_BbKH, value_BbKH)
+        output_BbNH = attend_to_cache(query_BbNH, key_BKSH, value_BKSH, mask)
+        output_BbNH = jnp.where(overflow_Bb[:, :, None, None], jnp.nan, output_BbNH)
+        return self._output(output_BbNH).reshape(rows, 1, -1), cache
+
+    def decode(
+        self, x_BTD: Array, cache: SelfCache | CrossCache
+    ) -> tuple[Array, SelfCache | CrossCache]:
+        """One incremental step (Shazeer 2019, sections 2.4.1 and 3.1): `T` is 1.
+
+        With a `CrossCache` the rows of `x_BTD` may be a multiple of the cache's (`b` beams of each
+        sentence, row `i * b + j`): all beams of a sentence read the same keys and values.
+
+        Returns:
+          `[B, 1, D]` and the new cache (a `CrossCache` comes back as it is).
+
+        Raises:
+          ValueError: as `prefill`, or `T != 1` with a self-attention cache.
+        """
+        self._check_input("x_BTD", x_BTD)
+        if not isinstance(cache, CrossCache):
+            if x_BTD.shape[1] != 1:
+                raise ValueError(
+                    f"decode takes one token a row, not T={x_BTD.shape[1]}: use prefill for more"
+                )
+            return self.prefill(x_BTD, cache)
+        rows, length, d_model = x_BTD.shape
+        batch = cache.key.shape[0]
+        if rows % batch:
+            raise ValueError(
+                f"{rows} rows over a cross-attention cache of {batch}: there must be a whole "
+                "number of beams for each row of the cache"
+            )
+        x_BTD = x_BTD.reshape(batch, rows // batch * length, d_model)
+        query_BTNH = self._project(x_BTD, self.query)
+        mask = cache.mask[:, None, None, :]
+        output_BTD = self._output(attend_to_cache(query_BTNH, cache.key, cache.value, mask))
+        return output_BTD.reshape(rows, length, d_model), cache
+
+    def _project(self, x: Array, weight: nnx.Param, num_inputs: int = 1) -> Array:
+        return linear(x.astype(self.dtype), weight[...].astype(self.dtype), num_inputs=num_inputs)
+
+    def _output(self, x_BTNH: Array) -> Array:
+        return self._project(x_BTNH, self.out, num_inputs=2)
+
+    def _check_input(self, name: str, x: Array, batch: int | None = None) -> None:
+        d_model = self.out.shape[0]
+        if x.ndim != 3 or x.shape[2] != d_model or (batch is not None and x.shape[0] != batch):
+            expected = f"[{'B' if batch is None else batch}, {name[-2]}, {d_model}]"
+            raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}")
+
+
+class MultiHeadAttention(Attention):
+    """`Attention` in which every query head has keys and values of its own: `K = N`."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
+        super().__init__(d_model, num_heads, num_heads, head_dim, **kwargs)
+
+
+class GroupedQueryAttention(Attention):
+    """`Attention` in which `N / K` query heads share each key/value head."""
+
+
+class MultiQueryAttention(Attention):
+    """`Attention` in which all query heads share one key/value head: `K = 1` (section 3)."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
+        super().__init__(d_model, num_heads, 1, head_dim, **kwargs)

@@ -1,0 +1,2 @@
+"""What decoding and training cost: the `benchmark` with its `cost` record, `timing`, `roofline`,
+`report` and `plots`; and what the TPU compiler says (`compile_only`, `hlo`)."""

@@ -1,0 +1,363 @@
+"""What decoding costs: each attention variant, random weights, on the device at hand.
+
+`sweep` measures; `roofline` says what a step must read and compute and what the device can do;
+`report` writes it down and draws it.
+
+Array letters: B batch   C context length   b beam   R rows, B * b
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from mqa_jax.decode.beam import beam_search, expand, reorder
+from mqa_jax.decode.generate import Model
+from mqa_jax.decode.search import greedy
+from mqa_jax.measure.cost import BEAM_SIZE, SEARCHES, Cost
+from mqa_jax.measure.roofline import (
+    Roofline,
+    abstract_caches,
+    check_memory,
+    expanded,
+    kv_bytes,
+    probe,
+    step_flops,
+    weight_bytes,
+)
+from mqa_jax.measure.timing import milliseconds, timed
+from mqa_jax.model.config import TransformerConfig
+from mqa_jax.model.transformer import EncoderDecoder
+
+# What a call costs once is spread over so many steps; a short context has room for fewer.
+STEPS = 32
+
+
+def sweep(
+    models: Mapping[str, tuple[Callable[..., Model], TransformerConfig]],
+    *,
+    batch_sizes: Sequence[int],
+    context_lengths: Sequence[int],
+    dtypes: Sequence[str] = (),
+    searches: Sequence[str] = ("greedy",),
+    repeats: int = 5,
+) -> Iterator[Cost]:
+    """Measures every variant with every search, dtype, batch and context length.
+
+    Args:
+      models: by variant, `EncoderDecoder` or `DecoderOnly` and its size, to which the positions
+        that the contexts need are added. Weights are random.
+      batch_sizes: `B`.
+      context_lengths: `C`, at least 2: a step runs behind at least one token.
+      dtypes: of weights, activations and caches; each config's `dtype` when empty.
+      searches: of `SEARCHES`.
+      repeats: runs of which the median is taken, after one that does not count.
+
+    Yields:
+      a row as soon as it has been measured.
+
+    Raises:
+      ValueError: on the first row, an argument that cannot be measured, or a size that does not fit
+        into memory: nothing has been measured then.
+      RuntimeError: something was compiled while it was measured.
+    """
+    _check(models, batch_sizes, context_lengths, dtypes, searches, repeats)
+    sizes = list(itertools.product(batch_sizes, context_lengths))
+    plans = []
+    for dtype, (variant, (model_type, config)) in itertools.product(
+        dtypes or [None], models.items()
+    ):
+        dtype = dtype or config.dtype
+        max_length = max(config.max_length, *context_lengths)
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, max_length=max_length)
+        make = functools.partial(model_type, config)
+        model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+        for batch, context_length in sizes:
+            beam_size = BEAM_SIZE if "beam" in searches else 1
+            check_memory(variant, model, batch, context_length, beam_size)
+        plans.append((variant, dtype, make))
+
+    rooflines = {}
+    for variant, dtype, make in plans:
+        if dtype not in rooflines:
+            rooflines[dtype] = probe(dtype)
+        model = make(rngs=nnx.Rngs(0))
+        for batch, context_length in sizes:
+            bench = _Bench(model, batch, context_length, repeats)
+            for search in searches:
+                yield bench.cost(variant, search, rooflines[dtype])
+            del bench  # There may be no room for its caches beside the next ones.
+        del model
+
+
+def _check(models, batch_sizes, context_lengths, dtypes, searches, repeats) -> None:
+    if not (models and batch_sizes and context_lengths and searches):
+        raise ValueError(
+            "nothing to measure: give at least one variant, batch size, context length and search"
+        )
+    if min(batch_sizes) < 1 or repeats < 1:
+        raise ValueError(
+            f"batch sizes and repeats must be at least 1, not {list(batch_sizes)} and {repeats}"
+        )
+    if min(context_lengths) < 2:
+        raise ValueError(
+            f"a context length of {min(context_lengths)} is too short: it must be at least 2, one "
+            "token in the cache and one step behind it"
+        )
+    for search in searches:
+        if search not in SEARCHES:
+            raise ValueError(f"search {search!r} is not one of {list(SEARCHES)}")
+    for dtype in dtypes:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+
+
+def describe() -> dict[str, str]:
+    """When and on what a run is made: date, device, machine and versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # where Linux has the processor's name
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{processor}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+    }
+
+
+class _Bench:
+    """One model at one size: encoded and prefilled once, then decoded from by each search.
+
+    All programs are compiled ahead of time. Caches are donated wherever a program returns them, and
+    kept in one place alone: there may be no room for two.
+    """
+
+    def __init__(self, model: Model, batch: int, context_length: int, repeats: int):
+        self.model, self.batch, self.context_length = model, batch, context_length
+        self.repeats, self.steps = repeats, min(STEPS, context_length - 1)
+        self.graphdef, params = nnx.split(model)
+        # As a list, which a call takes apart much faster than a tree of modules.
+        self.params, self.treedef = jax.tree.flatten(params)
+        self.compile_seconds = 0.0
+        self.tokens_B = jnp.zeros(batch, jnp.int32)
+        self.tokens_BC = jnp.zeros((batch, context_length), jnp.int32)
+        self.cache = model.init_cache(batch, context_length)
+        self.context = ()  # of a translation model (cross caches,): what `decode` takes besides
+        self.encode_ms = self._encode() if isinstance(model, EncoderDecoder) else None
+        self.prefill_ms = self._prefill()
+        self.shared_compile_seconds = self.compile_seconds
+
+    def cost(self, variant: str, search: str, roofline: Roofline) -> Cost:
+        """Measures `search`."""
+        self.compile_seconds = self.shared_compile_seconds
+        self_cache, cross = abstract_caches(self.model, self.batch, self.context_length)
+        flops_of = functools.partial(step_flops, self.model, (self_cache, cross))
+        if search == "greedy":
+            steps, times_ms, alone_ms, reorder_ms = *self._greedy(), self._alone(), None
+            flops = flops_of(self.batch)
+        else:
+            steps, times_ms, reorder_ms = self._beam()
+            alone_ms = None
+            flops = flops_of(self.batch * BEAM_SIZE)
+            self_cache = expanded(self_cache, BEAM_SIZE)
+        step_ms = statistics.median(times_ms)
+        read = (weight_bytes(self.model), kv_bytes((self_cache, cross)))
+        roofline_ms = roofline.milliseconds(sum(read), flops)
+        tokens = self.batch * self.context_length
+        return Cost(
+            variant=variant,
+            search=search,
+            dtype=self.model.config.dtype,
+            batch=self.batch,
+            context_length=self.context_length,
+            parameters=sum(x.size for x in self.params),
+            encode_ms=self.encode_ms,
+            prefill_ms=self.prefill_ms,
+            steps=steps,
+            step_ms=step_ms,
+            step_ms_min=min(times_ms),
+            step_ms_max=max(times_ms),
+            step_alone_ms=alone_ms,
+            reorder_ms=reorder_ms,
+            encode_us_per_token=None if self.encode_ms is None else 1e3 * self.encode_ms / tokens,
+            step_us_per_token=1e3 * step_ms / self.batch,
+            weight_bytes=read[0],
+            kv_bytes=read[1],
+            flops=flops,
+            gb_per_s=1e-6 * sum(read) / step_ms,
+            probe_gb_per_s=roofline.gb_per_s,
+            probe_gflop_per_s=roofline.gflop_per_s,
+            roofline_ms=roofline_ms,
+            roofline_fraction=roofline_ms / step_ms,
+            compile_seconds=self.compile_seconds,
+        )
+
+    def _encode(self) -> float:
+        encode = self._compile(
+            lambda params, tokens_BC: self._merge(params).init_cross_cache(tokens_BC),
+            self.params,
+            self.tokens_BC,
+        )
+
+        def run() -> float:
+            self.context = ()
+            seconds, cross = timed(encode, self.params, self.tokens_BC)
+            self.context = (cross,)
+            return seconds
+
+        return statistics.median(milliseconds(run, self.repeats, once_if_long=True))
+
+    def _prefill(self) -> float:
+        def prefill(params, tokens_BC: Array, cache, context):
+            return self._merge(params).prefill(tokens_BC, cache, *context)[1]
+
+        program = self._compile(
+            prefill, self.params, self.tokens_BC, self.cache, self.context, donate=2
+        )
+
+        def run() -> float:
+            cache = _with_length(self.cache, 0)
+            seconds, self.cache = timed(program, self.params, self.tokens_BC, cache, self.context)
+            return seconds
+
+        return statistics.median(milliseconds(run, self.repeats, once_if_long=True))
+
+    def _greedy(self) -> tuple[int, list[float]]:
+        """The number of steps, and the milliseconds of one in each run."""
+
+        def decode(params, cache, context, tokens_B: Array):
+            step_fn = self._step_fn(params, context)
+            decoded = greedy(step_fn, cache, tokens_B, max_new_tokens=self.steps)
+            return decoded.tokens, decoded.cache
+
+        program = self._compile(
+            decode, self.params, self.cache, self.context, self.tokens_B, donate=1
+        )
+
+        def run() -> float:
+            cache = _with_length(self.cache, self.context_length - self.steps)
+            seconds, (_, self.cache) = timed(
+                program, self.params, cache, self.context, self.tokens_B
+            )
+            return seconds
+
+        return self.steps, [ms / self.steps for ms in milliseconds(run, self.repeats)]
+
+    def _alone(self) -> float:
+        """The milliseconds of a greedy step that Python calls, one after the other."""
+
+        def step(params, cache, context, tokens_B: Array):
+            logits_BV, cache = self._step_fn(params, context)(tokens_B, cache)
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
+
+        program = self._compile(
+            step, self.params, self.cache, self.context, self.tokens_B, donate=1
+        )
+
+        def steps() -> Array:
+            tokens_B = self.tokens_B
+            for _ in range(self.steps):
+                tokens_B, self.cache = program(self.params, self.cache, self.context, tokens_B)
+            return tokens_B
+
+        def run() -> float:
+            self.cache = _with_length(self.cache, self.context_length - self.steps)
+            return timed(steps)[0]
+
+        return statistics.median(milliseconds(run, self.repeats)) / self.steps
+
+    def _beam(self) -> tuple[int, list[float], float]:
+        """As `_greedy`, and the milliseconds that reordering takes of a step."""
+        cache, steps = _with_length(self.cache, self.context_length - self.steps), None
+
+        def decode(params, cache, context, tokens_B: Array):
+            step_fn = self._step_fn(params, context)
+            decoded = beam_search(
+                step_fn,
+                cache,
+                tokens_B,
+                beam_size=BEAM_SIZE,
+                max_new_tokens=self.steps,
+                eos_id=0,
+            )
+            return decoded.tokens, decoded.steps
+
+        args = (self.params, cache, self.context, self.tokens_B)
+        program = self._compile(decode, *args)
+        # Every run begins with expanding the caches, which is no part of a step.
+        expand_beams = self._compile(functools.partial(expand, beam_size=BEAM_SIZE), cache)
+
+        def run() -> float:
+            nonlocal steps
+            seconds, (_, steps) = timed(program, *args)
+            return seconds
+
+        times_ms, steps = milliseconds(run, self.repeats), int(np.asarray(steps))
+        expand_ms = min(milliseconds(lambda: timed(expand_beams, cache)[0], self.repeats))
+        # Noise must not make it more than it can be.
+        expand_ms = min(expand_ms, min(times_ms) / 2)
+
+        parent_b = np.roll(np.arange(BEAM_SIZE, dtype=np.int32), 1)
+        parent_Bb = jax.device_put(np.tile(parent_b, (self.batch, 1)))
+        beams = expand_beams(cache)
+        reorder_steps = self._compile(
+            lambda cache, parent_Bb: lax.fori_loop(
+                0, self.steps, lambda _, cache: reorder(cache, parent_Bb), cache
+            ),
+            beams,
+            parent_Bb,
+            donate=0,
+        )
+
+        def run_reorder() -> float:
+            nonlocal beams
+            seconds, beams = timed(reorder_steps, beams, parent_Bb)
+            return seconds
+
+        reorder_ms = statistics.median(milliseconds(run_reorder, self.repeats)) / self.steps
+        return steps, [(ms - expand_ms) / steps for ms in times_ms], reorder_ms
+
+    def _merge(self, params: list[Array]) -> Model:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, params))
+
+    def _step_fn(self, params: list[Array], context) -> Callable:
+        model = self._merge(params)
+        return lambda tokens_R, cache: model.decode(tokens_R, cache, *context)
+
+    def _compile(self, function: Callable, *args, donate: int | None = None):
+        start = time.perf_counter()
+        program = jax.jit(function, donate_argnums=() if donate is None else donate)
+        program = program.lower(*args).compile()
+        self.compile_seconds += time.perf_counter() - start
+        return program
+
+
+def _with_length(cache: tuple, length: int) -> tuple:
+    """The caches with all rows `length` tokens long, ready on the device; compiles nothing."""
+    return jax.block_until_ready(
+        tuple(
+            dataclasses.replace(
+                layer, length=jax.device_put(np.full(layer.length.shape, length, np.int32))
+            )
+            for layer in cache
+        )
+    )

@@ -1,0 +1,134 @@
+"""What stands around attention in a Transformer: feed-forward, norm, embeddings.
+
+Array letters: B batch, T length, D model dim, F feed-forward dim, V vocabulary, P positions
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.linear import linear
+from mqa_jax.core.sharding import param
+
+
+class FeedForward(nnx.Module):
+    """Two products with a ReLU between them, no biases (`relu(x @ wi.T) @ wo.T`).
+
+    Args:
+      d_model: `D`.
+      d_ff: `F`.
+      dropout_rate: behind the ReLU.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        dropout_rate: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
+        self.wi = weight("FD", (d_ff, d_model), fan_in=d_model)
+        self.wo = weight("DF", (d_model, d_ff), fan_in=d_ff)
+        self.dropout = Dropout(dropout_rate)
+        self.dtype = dtype
+
+    def __call__(self, x_BTD: Array, *, rngs: nnx.Rngs | None = None) -> Array:
+        """`[B, T, D]` to `[B, T, D]`; dropout where `rngs` is given."""
+        x_BTD = x_BTD.astype(self.dtype)
+        x_BTF = jax.nn.relu(linear(x_BTD, self.wi[...].astype(self.dtype)))
+        x_BTF = self.dropout(x_BTF, deterministic=rngs is None, rngs=rngs)
+        return linear(x_BTF, self.wo[...].astype(self.dtype))
+
+
+class RMSNorm(nnx.RMSNorm):
+    """The norm of the paper's code base: a scale, no mean, no bias; computed in float32."""
+
+    def __init__(self, d_model: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(
+            d_model,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            scale_metadata={"axes": "D"},
+            rngs=rngs,
+        )
+        self.output_dtype = dtype
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return super().__call__(x_BTD.astype(jnp.float32)).astype(self.output_dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by id; and, for tied weights, the softmax product with it.
+
+    The vectors have unit variance; `logits` divides by `sqrt(D)` to make up for it, as the paper's
+    code base does for weights shared between embedding and softmax.
+
+    Args:
+      num_embeddings: rows of the table.
+      d_model: `D`.
+      axes: the letters of the table's axes, "VD" for tokens and "PD" for positions.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        d_model: int,
+        *,
+        axes: str = "VD",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.table = param(axes, (num_embeddings, d_model), fan_in=1, rngs=rngs, dtype=param_dtype)
+        self.dtype = dtype
+
+    def __call__(self, ids: Array) -> Array:
+        """`[...]` ids to `[..., D]` vectors; an id outside the table, a negative one too, to NaN.
+
+        Under `jax.jit` no error can be raised; NaN cannot be overlooked, a clamped id can.
+        """
+        num_embeddings = self.table.shape[0]
+        # `mode="fill"` alone would count a negative id from the end.
+        ids = jnp.where(ids < 0, num_embeddings, ids)
+        # Cast behind the lookup, so that the gradients of a token that occurs a thousand times are
+        # summed in the table's own precision (and, on a GPU, without bfloat16's slow atomics).
+        vectors = self.table[...].at[ids].get(mode="fill", fill_value=jnp.nan)
+        return vectors.astype(self.dtype)
+
+    def logits(self, x_BTD: Array) -> Array:
+        """`[B, T, D]` to `[B, T, V]`, float32."""
+        table_VD = self.table[...].astype(self.dtype)
+        x_BTD = x_BTD.astype(self.dtype) * jnp.asarray(table_VD.shape[1] ** -0.5, self.dtype)
+        return linear(x_BTD, table_VD, output_dtype=jnp.float32)
+
+
+class Softmax(nnx.Module):
+    """The product that ends a model whose softmax weights are its own: `[V, D]`, no bias."""
+
+    def __init__(
+        self,
+        d_model: int,
+        vocab_size: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = param(
+            "VD", (vocab_size, d_model), fan_in=d_model, rngs=rngs, dtype=param_dtype
+        )
+        self.dtype = dtype
+
+    def logits(self, x_BTD: Array) -> Array:
+        """`[B, T, D]` to `[B, T, V]`, float32."""
+        kernel_VD = self.kernel[...].astype(self.dtype)
+        return linear(x_BTD.astype(self.dtype), kernel_VD, output_dtype=jnp.float32)

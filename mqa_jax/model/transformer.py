@@ -1,0 +1,232 @@
+"""The paper's two models: an encoder-decoder for translation, a decoder for language modelling.
+
+Modules hold weights only; caches are passed in and returned (Shazeer 2019, section 4).
+
+Array letters:
+  B batch   S source length   T target length   D model dim   V vocabulary   L layers
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from mqa_jax.attention import padding_mask, segment_mask
+from mqa_jax.attention.cache import CrossCache
+from mqa_jax.attention.module import SelfCache
+from mqa_jax.core.dropout import Dropout
+from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer
+from mqa_jax.model.config import TransformerConfig
+from mqa_jax.model.layers import Embedding, RMSNorm, Softmax
+
+
+class EncoderDecoder(nnx.Module):
+    """The translation model of the paper's section 4.1, with one matrix for source embedding,
+    target embedding and softmax.
+
+    Args:
+      config: the sizes.
+      rngs: where the weights' initial values come from.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs, **config.dtypes)
+        self.encoder_embedder = _Embedder(config, rngs)
+        self.encoder_layers = nnx.List(
+            [_EncoderLayer(config, rngs) for _ in range(config.num_layers)]
+        )
+        self.encoder_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
+        self.decoder = _Decoder(config, True, rngs)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def __call__(
+        self,
+        source_tokens_BS: Array,
+        target_inputs_BT: Array,
+        *,
+        source_segment_ids: Array | None = None,
+        target_segment_ids: Array | None = None,
+        source_positions: Array | None = None,
+        target_positions: Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Array:
+        """Logits of every next target token, all at once (training and scoring).
+
+        Args:
+          source_tokens_BS: source ids.
+          target_inputs_BT: target ids, shifted right behind a beginning-of-sentence id.
+          source_segment_ids: `[B, S]`, which sentence a token belongs to, 0 for padding; one
+            sentence without padding when None.
+          target_segment_ids: `[B, T]`, likewise; a target sentence sees the source of its own id.
+          source_positions: `[B, S]`, restarting at 0 in each sentence; 0, 1, 2, ... when None.
+          target_positions: `[B, T]`, likewise.
+          rngs: dropout is applied when given (stream `dropout`).
+
+        Returns:
+          `[B, T, V]` float32.
+
+        Raises:
+          ValueError: shapes that do not fit, more tokens than positions, or segment ids on one
+            side alone.
+        """
+        if (source_segment_ids is None) != (target_segment_ids is None):
+            raise ValueError("give source_segment_ids and target_segment_ids, or neither")
+        memory_BSD = self.encode(
+            source_tokens_BS, segment_ids=source_segment_ids, positions=source_positions, rngs=rngs
+        )
+        mask = memory_mask = None
+        if target_segment_ids is not None:
+            mask = segment_mask(target_segment_ids, target_segment_ids)
+            memory_mask = segment_mask(target_segment_ids, source_segment_ids)
+        x_BTD = self.decoder(
+            target_inputs_BT,
+            self.embedding,
+            target_positions,
+            memory_BSD=memory_BSD,
+            mask=mask,
+            memory_mask=memory_mask,
+            rngs=rngs,
+        )
+        return self.embedding.logits(x_BTD)
+
+    def encode(
+        self,
+        source_tokens_BS: Array,
+        *,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Array:
+        """The encoder's output, `[B, S, D]`; arguments as for `__call__`."""
+        mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
+        x_BSD = self.encoder_embedder(source_tokens_BS, self.embedding, positions, rngs)
+        for layer in self.encoder_layers:
+            x_BSD = self.config.call(layer, x_BSD, mask, rngs)
+        return self.dropout(self.encoder_norm(x_BSD), deterministic=rngs is None, rngs=rngs)
+
+    def init_cache(self, batch: int, length: int) -> tuple[SelfCache, ...]:
+        """Empty self-attention caches, one a decoder layer, for `length` target tokens a row."""
+        return self.decoder.init_cache(batch, length)
+
+    def init_cross_cache(
+        self, source_tokens_BS: Array, lengths_B: ArrayLike | None = None
+    ) -> tuple[CrossCache, ...]:
+        """Encodes the source and projects it for every decoder layer, once a decode.
+
+        Args:
+          source_tokens_BS: source ids, padded on the right.
+          lengths_B: how many of each row are real; all when None.
+        """
+        batch, length = source_tokens_BS.shape
+        if lengths_B is None:
+            lengths_B = jnp.full(batch, length)
+        is_token_BS = padding_mask(lengths_B, length)[:, 0, 0]
+        memory_BSD = self.encode(source_tokens_BS, segment_ids=is_token_BS.astype(jnp.int32))
+        return tuple(
+            layer.cross_attention.init_cross_cache(memory_BSD, is_token_BS)
+            for layer in self.decoder.layers
+        )
+
+    def prefill(
+        self,
+        tokens_BT: Array,
+        cache: tuple[SelfCache, ...],
+        cross: tuple[CrossCache, ...],
+        lengths_B: ArrayLike | None = None,
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        """`T` more target tokens a row behind those in the cache, padded on the right.
+
+        Args:
+          tokens_BT: target ids, the first of a sentence being the beginning-of-sentence id.
+          cache: from `init_cache` or an earlier call.
+          cross: from `init_cross_cache`.
+          lengths_B: how many of the `T` are real; all when None.
+
+        Returns:
+          logits of the token behind each, `[B, T, V]` float32, and the new cache. Under `jax.jit`
+          logits that nobody reads are not computed.
+        """
+        x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, cross, lengths_B)
+        return self.embedding.logits(x_BTD), cache
+
+    def decode(
+        self, tokens_B: Array, cache: tuple[SelfCache, ...], cross: tuple[CrossCache, ...]
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        """One decode step: the next token of every row to logits `[B, V]` and the new cache.
+
+        `cross` may have fewer rows, as `Attention.decode` describes (beams share their source).
+        """
+        logits_BTV, cache = self.prefill(tokens_B[:, None], cache, cross)
+        return logits_BTV[:, 0], cache
+
+
+class DecoderOnly(nnx.Module):
+    """The language model of the paper's section 4.3: a decoder alone, softmax weights of its own.
+
+    Args:
+      config: the sizes.
+      rngs: where the weights' initial values come from.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs, **config.dtypes)
+        self.decoder = _Decoder(config, False, rngs)
+        self.softmax = Softmax(config.d_model, config.vocab_size, rngs=rngs, **config.dtypes)
+
+    def __call__(
+        self,
+        inputs_BT: Array,
+        *,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Array:
+        """Logits of every next token, `[B, T, V]` float32; arguments as for `EncoderDecoder`."""
+        mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
+        x_BTD = self.decoder(inputs_BT, self.embedding, positions, mask=mask, rngs=rngs)
+        return self.softmax.logits(x_BTD)
+
+    def init_cache(self, batch: int, length: int) -> tuple[SelfCache, ...]:
+        """Empty caches, one a layer, for `length` tokens a row."""
+        return self.decoder.init_cache(batch, length)
+
+    def prefill(
+        self,
+        tokens_BT: Array,
+        cache: tuple[SelfCache, ...],
+        lengths_B: ArrayLike | None = None,
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        """As `EncoderDecoder.prefill`, without a source."""
+        no_memory = (None,) * len(cache)
+        x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, no_memory, lengths_B)
+        return self.softmax.logits(x_BTD), cache
+
+    def decode(
+        self, tokens_B: Array, cache: tuple[SelfCache, ...]
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        """One decode step: the next token of every row to logits `[B, V]` and the new cache."""
+        logits_BTV, cache = self.prefill(tokens_B[:, None], cache)
+        return logits_BTV[:, 0], cache
+
+
+MODELS = {"translation": EncoderDecoder, "language_model": DecoderOnly}
+
+
+def build_model(task: str, model: Mapping[str, Any], *, rngs: nnx.Rngs):
+    """The model of a config: `config.task` and `config.model`.
+
+    Raises:
+      ValueError: an unknown task, or a field that `TransformerConfig` does not have.
+    """
+    if task not in MODELS:
+        raise ValueError(f"task={task!r} is not one of {sorted(MODELS)}")
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(model) - known):
+        raise ValueError(f"config.model has unknown fields {unknown}; known are {sorted(known)}")
+    return MODELS[task](TransformerConfig(**model), rngs=rngs)

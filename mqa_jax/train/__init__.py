@@ -1,0 +1,2 @@
+"""Training: `optimizer`, `state`, `step` and `setup` make the jitted update; `loop` runs it, with
+`evaluate`, `checkpoint`, `metrics`, `processes` and `workdir` around it."""

@@ -1,0 +1,71 @@
+"""The figures of the validation split."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from mqa_jax.data import BOS_ID, EOS_ID, loader
+from mqa_jax.data.tokenizer import Tokenizer
+from mqa_jax.decode.generate import LineDecoder
+from mqa_jax.decode.search import greedy
+from mqa_jax.train.metrics import bleu, exact_match
+from mqa_jax.train.processes import put_batch, row_share
+from mqa_jax.train.step import make_eval_step, mean_metrics
+
+
+def make_evaluate(
+    config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, data: Path, mesh: Mesh
+):
+    """A function of parameters to the figures of the validation split.
+
+    With several processes the first one alone decodes, with a copy of the weights of its own.
+    """
+    eval_step = make_eval_step(model, mesh)
+    settings = config.evaluate
+    sources = references = []
+    if config.task == "translation" and settings.lines:
+        sources, references = (
+            loader.read_lines(data / f"validation.{side}.txt")[: settings.lines]
+            for side in (config.data.source, config.data.target)
+        )
+    decoder = LineDecoder(
+        model,
+        tokenizer,
+        search=functools.partial(greedy, eos_id=EOS_ID),
+        batch_size=settings.batch_size,
+        bos_id=BOS_ID,
+    )
+
+    index, count = row_share(mesh, settings.batch_size)
+    replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def evaluate(params: nnx.State, print_line) -> dict[str, float]:
+        sums = None
+        for batch in loader.eval_batches(
+            data,
+            "validation",
+            batch_size=settings.batch_size,
+            process_index=index,
+            process_count=count,
+        ):
+            batch_sums = eval_step(params, put_batch(mesh, batch))
+            sums = batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
+        figures = dict(jax.device_get(mean_metrics(sums)))
+        if sources and jax.process_count() > 1:
+            params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
+        if sources and jax.process_index() == 0:
+            hypotheses = [""] * len(sources)
+            for i, decoded in decoder(params, sources):
+                hypotheses[i] = tokenizer.decode(decoded.tokens[: decoded.length].tolist())
+            figures["bleu"], signature = bleu(hypotheses, references)
+            figures["exact_match"] = exact_match(hypotheses, references)
+            print_line(f"  {sources[0]}  ->  {hypotheses[0]}  (reference: {references[0]})")
+            print_line(f"  BLEU signature {signature}")
+        return figures
+
+    return evaluate

@@ -1,0 +1,89 @@
+"""From a config file to what it trains, and what a step of that costs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mqa_jax.model.transformer import EncoderDecoder, build_model
+from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
+from mqa_jax.train.state import TrainState, abstract_state, init_state
+from mqa_jax.train.step import Batch, make_train_step
+
+
+def set_up(
+    config: Any, mesh: Mesh, *, is_abstract: bool = False
+) -> tuple[nnx.Module, TrainState, Callable[[TrainState, Batch], tuple], optax.Schedule]:
+    """What a config file trains, for train.py to run and for `compile_only` to compile.
+
+    Args:
+      config: a config file's `ConfigDict`.
+      is_abstract: `abstract_state` in place of `init_state`.
+
+    Returns:
+      the model's structure, the state, the train step, and the learning rate by step.
+    """
+    settings = config.train
+    schedule = rsqrt_schedule(
+        settings.learning_rate,
+        settings.steps,
+        hold_steps=settings.hold_steps,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+    )
+    optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
+    build = functools.partial(build_model, config.task, config.model.to_dict())
+    if is_abstract:
+        model, state = abstract_state(build, optimizer, mesh)
+    else:
+        model, state = init_state(build, optimizer, mesh, settings.seed)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        state,
+        seed=settings.seed,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        accumulate=settings.accumulate,
+    )
+    return model, state, train_step, schedule
+
+
+def train_flops(model: nnx.Module, rows: int, source_length: int, target_length: int) -> int:
+    """Floating-point operations of a train step that the model itself asks for.
+
+    Two a weight and token forward, and four a query head, head dim and pair of positions in
+    attention (a causal mask or a window saves nothing, padding counts); twice as many backward.
+    Norms, dropout, the optimizer and what `remat` computes again do not count.
+
+    Args:
+      model: as `init_state` returns it.
+      rows: of a batch.
+      source_length: tokens of a row; of no meaning for a language model.
+      target_length: likewise.
+    """
+    sources, targets = source_length, target_length
+    config, decoder = model.config, model.decoder.layers[0]
+    pairs = targets * targets
+    # Weights that are multiplied with, and how many tokens each.
+    products = [(getattr(model, "softmax", model.embedding), targets)]
+    products += [(decoder.attention, targets), (decoder.feed_forward, targets)] * config.num_layers
+    if isinstance(model, EncoderDecoder):
+        encoder, cross = model.encoder_layers[0], decoder.cross_attention
+        pairs += sources * sources + targets * sources
+        products += [
+            (encoder.attention, sources),
+            (encoder.feed_forward, sources),
+            (nnx.List([cross.query, cross.out]), targets),
+            (nnx.List([cross.key, cross.value]), sources),
+        ] * config.num_layers
+    forward = sum(
+        2 * sum(x.size for x in jax.tree.leaves(nnx.state(module))) * tokens
+        for module, tokens in products
+    )
+    forward += 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 3 * rows * forward

@@ -1,0 +1,93 @@
+"""What a training run consists of at a moment, born where it belongs on a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mqa_jax.core.sharding import ShardingRules, on_mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a training run consists of at a moment.
+
+    Attributes:
+      step: updates done; also the position in the data, counted in batches.
+      params: the model's weights, arrays without the `nnx.Variable` around each: JAX takes these
+        apart in Python at every step, which costs milliseconds.
+      opt_state: the optimizer's.
+    """
+
+    step: Array
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def abstract_state(
+    build: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules | None = None,
+) -> tuple[nnx.Module, TrainState]:
+    """As `init_state`, with shapes and shardings in place of arrays: allocates nothing."""
+    rules = rules or ShardingRules()
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
+    params = nnx.state(model)
+    shardings = nnx.as_pure(rules.params(mesh, params))
+    params = nnx.as_pure(params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's factored moments have other shapes than their weights, and are small.
+        return sharding if moment.shape == param.shape else replicated
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        like_its_param,
+        opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    return model, jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        TrainState(replicated, shardings, opt_shardings),
+    )
+
+
+def init_state(
+    build: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    rules: ShardingRules | None = None,
+) -> tuple[nnx.Module, TrainState]:
+    """The state before the first step, each array where the rules put it.
+
+    Args:
+      build: makes the model from `rngs=`.
+      seed: of the weights.
+      rules: `ShardingRules()` when None.
+
+    Returns:
+      the model with shapes in place of weights, which the functions below take their structure
+      from, and the state.
+    """
+    model, abstract = abstract_state(build, optimizer, mesh, rules)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with on_mesh(mesh, rules or ShardingRules()):
+        params = nnx.as_pure(nnx.state(build(rngs=nnx.Rngs(params=seed))))
+    # What `param` did not make: the norms, which are small.
+    params = jax.device_put(params, shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)

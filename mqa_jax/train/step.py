@@ -1,0 +1,234 @@
+"""The loss, and the train and eval steps.
+
+Array letters: B batch   S source length   T target length   V vocabulary
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from mqa_jax.core.sharding import ShardingRules, on_mesh
+from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID
+from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
+from mqa_jax.train.state import TrainState
+
+Batch = Mapping[str, Array]
+
+
+Metrics = dict[str, Array]
+
+
+def cross_entropy(
+    logits_BTV: Array, targets_BT: Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Array, Array]:
+    """Cross-entropy in nats, without a one-hot array of the vocabulary's size.
+
+    Args:
+      logits_BTV: float32.
+      targets_BT: the ids that should come out.
+      label_smoothing: the share of the target distribution that is spread over all of `V`.
+      z_loss: weight of `logsumexp(logits) ** 2`, which keeps the logits from drifting.
+
+    Returns:
+      the loss to train on and the plain negative log-likelihood, both `[B, T]`.
+    """
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    nll_BT = log_z_BT - target_BT
+    uniform_BT = log_z_BT - jnp.mean(logits_BTV, axis=-1)
+    loss_BT = (1 - label_smoothing) * nll_BT + label_smoothing * uniform_BT
+    return loss_BT + z_loss * jnp.square(log_z_BT), nll_BT
+
+
+def segments(tokens_BT: Array) -> tuple[Array, Array]:
+    """Which sentence of its row each token is of, and which token of the sentence it is.
+
+    On the device, so that what the host sends for each step is the tokens alone.
+
+    Args:
+      tokens_BT: sentences one behind the other, each up to its EOS, then padding.
+
+    Returns:
+      segment ids, from 1 and 0 for padding, and positions, from 0; both int32 `[B, T]`.
+    """
+    index_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    is_first_BT = (jnp.roll(tokens_BT, 1, axis=1) == EOS_ID) | (index_T == 0)
+    first_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T, 0), axis=1)
+    segment_ids_BT = jnp.cumsum(is_first_BT, axis=1, dtype=jnp.int32)
+    is_token_BT = tokens_BT != PAD_ID
+    return jnp.where(is_token_BT, segment_ids_BT, 0), jnp.where(is_token_BT, index_T - first_BT, 0)
+
+
+def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
+    """Logits `[B, T, V]` of a batch.
+
+    Args:
+      model: with its weights.
+      batch: `target_tokens`, int32 `[B, T]`, and for a translation `source_tokens`, `[B, S]`, as
+        `mqa_jax.data.loader` makes them: sentences one behind the other, each up to its EOS, then
+        padding. What the model is given to predict a token is BOS or the one before.
+      rngs: dropout is applied when given.
+    """
+    targets_BT = batch["target_tokens"]
+    segment_ids_BT, positions_BT = segments(targets_BT)
+    inputs_BT = jnp.where(positions_BT == 0, BOS_ID, jnp.roll(targets_BT, 1, axis=1))
+    if isinstance(model, DecoderOnly):
+        return model(inputs_BT, segment_ids=segment_ids_BT, positions=positions_BT, rngs=rngs)
+    source_segment_ids_BS, source_positions_BS = segments(batch["source_tokens"])
+    return model(
+        batch["source_tokens"],
+        inputs_BT,
+        source_segment_ids=source_segment_ids_BS,
+        target_segment_ids=segment_ids_BT,
+        source_positions=source_positions_BS,
+        target_positions=positions_BT,
+        rngs=rngs,
+    )
+
+
+def make_train_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    *,
+    seed: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    accumulate: int = 1,
+    rules: ShardingRules | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted update; the state handed in is donated.
+
+    Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
+    Where the loss or a gradient is not finite the update is skipped: weights and optimizer stay as
+    they are, and only the step, which is the position in the data, goes on.
+
+    Args:
+      model: its structure, from `init_state`.
+      optimizer: what turns gradients into updates.
+      state: whose shardings the new states keep; its values are not used.
+      seed: of dropout.
+      label_smoothing: see `cross_entropy`.
+      z_loss: see `cross_entropy`.
+      accumulate: gradients of so many parts of a batch are summed one after the other before the
+        update, which saves memory; it must divide the rows of a batch.
+      rules: those of the state; `ShardingRules()` when None.
+
+    Returns:
+      a function of state and batch (see `apply`) to the new state and the metrics `loss`,
+      `ln_perplexity` (both the mean a target token, in nats), `accuracy`, `gradient_norm`, `tokens`
+      (target tokens) and `skipped` (1 for an update that was skipped, else 0).
+
+    Raises:
+      ValueError: `accumulate` below 1, or (of the function returned) a batch that it does not
+        divide.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
+    graphdef = nnx.graphdef(model)
+
+    def loss_fn(params: nnx.State, batch: Batch, key: Array):
+        with on_mesh(state.step.sharding.mesh, rules or ShardingRules()):
+            logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
+        loss_BT, nll_BT = cross_entropy(
+            logits_BTV, batch["target_tokens"], label_smoothing=label_smoothing, z_loss=z_loss
+        )
+        sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
+        return sums["loss"], sums
+
+    def gradients_and_sums(params: nnx.State, batch: Batch, key: Array):
+        """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
+        gradient = jax.grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            return gradient(params, batch, key)
+
+        def part(x: Array) -> Array:
+            """`[B, ...]` to `[accumulate, B / accumulate, ...]`, each row where it lies."""
+            if x.shape[0] % accumulate:
+                raise ValueError(
+                    f"a batch of {x.shape[0]} rows cannot be taken in {accumulate} parts: choose "
+                    "train.accumulate so that it divides train.batch_size"
+                )
+            return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+
+        def add(total, part_and_key):
+            return jax.tree.map(jnp.add, total, gradient(params, *part_and_key)), None
+
+        parts = jax.tree.map(part, dict(batch)), jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first)
+        )
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, sums = gradients_and_sums(state.params, batch, key)
+        tokens = jnp.maximum(sums["tokens"], 1)
+        gradients = jax.tree.map(lambda x: (x / tokens).astype(x.dtype), gradients)
+        gradient_norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = (~is_finite).astype(jnp.float32)
+        metrics = mean_metrics(sums) | {"gradient_norm": gradient_norm, "skipped": skipped}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_eval_step(
+    model: nnx.Module, mesh: Mesh, rules: ShardingRules | None = None
+) -> Callable[[nnx.State, Batch], Metrics]:
+    """A jitted function of parameters and batch to sums over tokens, for `mean_metrics`.
+
+    Args:
+      model: its structure, from `init_state`.
+      mesh: where parameters and batches are.
+      rules: those of the parameters; `ShardingRules()` when None.
+    """
+    graphdef = nnx.graphdef(model)
+
+    @jax.jit
+    def eval_step(params: nnx.State, batch: Batch) -> Metrics:
+        with on_mesh(mesh, rules or ShardingRules()):
+            logits_BTV = apply(nnx.merge(graphdef, params), batch, rngs=None)
+        loss_BT, nll_BT = cross_entropy(logits_BTV, batch["target_tokens"])
+        return _sums(loss_BT, nll_BT, logits_BTV, batch)
+
+    return eval_step
+
+
+def _sums(loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch) -> Metrics:
+    """Sums over the tokens that are no padding; unlike means, they add up over batches."""
+    targets_BT = batch["target_tokens"]
+    is_token_BT = (targets_BT != PAD_ID).astype(jnp.float32)
+    is_right_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32)
+    return {
+        "loss": jnp.sum(loss_BT * is_token_BT),
+        "nll": jnp.sum(nll_BT * is_token_BT),
+        "right": jnp.sum(is_right_BT * is_token_BT),
+        "tokens": jnp.sum(is_token_BT),
+    }
+
+
+def mean_metrics(sums: Metrics) -> Metrics:
+    """Sums over tokens to `loss`, `ln_perplexity`, `accuracy` and `tokens`."""
+    tokens = jnp.maximum(sums["tokens"], 1)
+    return {
+        "loss": sums["loss"] / tokens,
+        "ln_perplexity": sums["nll"] / tokens,
+        "accuracy": sums["right"] / tokens,
+        "tokens": sums["tokens"],
+    }

@@ -1,0 +1,153 @@
+"""The `Attention` modules against Flax, and what they promise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import TOLERANCE, close, normal, random_mask
+from flax import nnx
+
+import mqa_jax
+
+B, T, S, N, H, D = 2, 7, 11, 6, 5, 13
+
+
+def module(kv_heads=3, **kwargs):
+    return mqa_jax.Attention(D, N, kv_heads, H, **dict(rngs=nnx.Rngs(0)) | kwargs)
+
+
+@pytest.mark.parametrize(("kv_heads", "is_cross"), [(6, 0), (3, 0), (1, 0), (1, 1)])
+def test_module_equals_flax_with_the_same_weights(kv_heads, is_cross):
+    ours = module(kv_heads)
+    theirs = nnx.MultiHeadAttention(
+        N, D, N * H, num_kv_heads=kv_heads, use_bias=False, decode=False, rngs=nnx.Rngs(1)
+    )
+    for name in ("query", "key", "value", "out"):
+        # Flax puts the inputs first.
+        weight = jnp.moveaxis(getattr(ours, name)[...], *((0, -1) if name == "out" else (-1, 0)))
+        assert weight.shape == getattr(theirs, name).kernel.shape
+        getattr(theirs, name).kernel[...] = weight
+    x, memory = normal(0, B, T, D), normal(1, B, S, D) if is_cross else None
+    mask = random_mask(2, (B, N, T, S if is_cross else T))
+    causal = np.tril(np.ones((T, T), bool))[None, None]
+    expected = theirs(x, memory, mask=mask if is_cross else mask & causal)
+    close(ours(x, memory, mask=mask, is_causal=not is_cross), expected, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, T])
+def test_gradient_reaches_what_is_visible_and_nothing_else(window):
+    attention = module(1, window=window)
+    jacobian = jax.jit(jax.jacobian(lambda x: attention(x[None], is_causal=True)[0]))
+    largest_TS = np.abs(jacobian(normal(3, T, D))).max(axis=(1, 3))
+    distance = np.arange(T)[:, None] - np.arange(T)
+    np.testing.assert_array_equal(largest_TS > 0, (distance >= 0) & (distance < (window or T)))
+
+
+@pytest.mark.parametrize(
+    ("make", "kv_heads"),
+    [
+        (mqa_jax.MultiHeadAttention, 6),
+        (functools.partial(mqa_jax.GroupedQueryAttention, num_kv_heads=3), 3),
+        (mqa_jax.MultiQueryAttention, 1),
+    ],
+)
+def test_classes_differ_in_their_key_value_heads(make, kv_heads):
+    attention = make(d_model=12, num_heads=6, rngs=nnx.Rngs(0))  # head_dim is 12 / 6
+    _, state = nnx.split(attention)
+    shapes = {path[0]: variable.shape for path, variable in nnx.to_flat_state(state)}
+    kv_shape = (kv_heads, 2, 12)
+    expected = dict(query=(6, 2, 12), key=kv_shape, value=kv_shape, out=(12, 6, 2))
+    assert shapes == expected
+    assert attention.init_cache(2, 7).key.shape == (2, kv_heads, 7, 2)
+
+
+def test_linen_users_get_the_same_module():
+    linen = nnx.bridge.to_linen(mqa_jax.MultiQueryAttention, D, N, H, window=3)
+    x = normal(0, B, T, D)
+    variables = jax.jit(linen.init)(jax.random.key(1), x)
+    ours = module(1, window=3)
+    for name in ("query", "key", "value", "out"):
+        getattr(ours, name)[...] = variables["params"][name].value
+    output = jax.jit(linen.apply)(variables, x)
+    close(output, ours(x), **TOLERANCE["float32"])
+    loss = jax.jit(jax.grad(lambda v: linen.apply(v, x).sum()))
+    assert np.abs(loss(variables)["params"]["key"].value).max() > 0
+
+
+def test_dropout_zeroes_or_scales_each_weight_where_rngs_are_given():
+    attention = mqa_jax.MultiQueryAttention(D, 1, H, dropout_rate=0.75, rngs=nnx.Rngs(0))
+    x = normal(0, 59, 1, D)  # 59 rows whose only weight is 1: dropout makes it 0 or 4
+    plain, first, again, other = (
+        np.asarray(attention(x, rngs=rngs))
+        for rngs in (None, nnx.Rngs(dropout=1), nnx.Rngs(dropout=1), nnx.Rngs(dropout=2))
+    )
+    kept = np.abs(first).max(axis=(1, 2)) > 0
+    assert 0 < kept.sum() < 30
+    close(first, 4 * plain * kept[:, None, None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(first, again)
+    assert (np.abs(other).max(axis=(1, 2)) > 0).tolist() != kept.tolist()
+    attention.dropout.rate = 0.0
+    np.testing.assert_array_equal(attention(x), plain)
+
+
+def test_dropout_leaves_a_key_out_for_all_queries_of_a_head():
+    """Queries of zero weigh all keys alike, so what is left out is all that outputs tell."""
+    attention = mqa_jax.MultiQueryAttention(D, 1, H, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    attention.query[...] = jnp.zeros_like(attention.query[...])
+    x = normal(0, B, T, D)
+    output = attention(x, rngs=nnx.Rngs(dropout=1))
+    assert np.abs(output - attention(x)).max() > 0.1
+    close(output, output[:, :1].repeat(T, axis=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dtype_is_that_of_outputs_and_caches_and_param_dtype_of_weights(dtype):
+    def build():
+        attention = module(1, dtype=dtype, param_dtype="float32")
+        cache = attention.init_cache(2, 3)
+        output = attention(jnp.zeros((B, T, D)))
+        return output, cache.key, cache.value, module(1, param_dtype=dtype).key[...]
+
+    assert [x.dtype for x in nnx.eval_shape(build)] == [dtype] * 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(num_kv_heads=4), "num_kv_heads=4 does not divide num_heads=6"),
+        (dict(num_kv_heads=0), "num_kv_heads must be at least 1, not 0"),
+        (dict(num_heads=-6), "num_heads must be at least 1, not -6"),
+        (dict(d_model=0), "d_model must be at least 1, not 0"),
+        (dict(head_dim=None), "num_heads=6 does not divide d_model=13"),
+        (dict(head_dim=0), "head_dim must be at least 1, not 0"),
+        (dict(window=0), "window must be at least 1 .*, not 0"),
+    ],
+)
+def test_bad_sizes_raise(kwargs, message):
+    sizes = dict(d_model=D, num_heads=N, num_kv_heads=3, head_dim=H) | kwargs
+    with pytest.raises(ValueError, match=message):
+        mqa_jax.Attention(**sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "memory_shape", "kwargs", "message"),
+    [
+        ((T, D), None, {}, r"x_BTD must have shape \[B, T, 13\], not \[7, 13\]"),
+        ((B, T, 12), None, {}, r"not \[2, 7, 12\]"),
+        ((B, T, D), (3, S, D), {}, r"memory_BSD must have shape \[2, S, 13\], not \[3, 11, 13\]"),
+        ((B, T, D), (B, S, D), dict(is_causal=True), "is_causal=True, window=None"),
+        ((B, T, D), None, dict(mask=np.ones((B, T), bool)), r"four axes .* not bool \[2, 7\]"),
+        ((B, T, D), None, dict(mask=np.ones((B, 1, 1, T))), "not float64"),
+    ],
+)
+def test_bad_inputs_raise(x_shape, memory_shape, kwargs, message):
+    memory = None if memory_shape is None else jnp.zeros(memory_shape)
+    with pytest.raises(ValueError, match=message):
+        module()(jnp.zeros(x_shape), memory, **kwargs)
+
+
+def test_a_window_and_a_memory_raise():
+    with pytest.raises(ValueError, match="window=3 with a memory"):
+        module(window=3)(jnp.zeros((B, T, D)), jnp.zeros((B, S, D)))

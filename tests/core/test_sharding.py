@@ -1,0 +1,186 @@
+"""The mesh, the rules, and that a sharded model computes what one on a single device does."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mqa_jax import Attention, DecoderOnly, EncoderDecoder, TransformerConfig, beam_search, greedy
+from mqa_jax.core.sharding import ShardingRules, make_mesh
+
+CONFIG = TransformerConfig(
+    vocab_size=40,
+    d_model=16,
+    d_ff=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=6,
+    max_length=11,
+)
+
+ONE_AXIS = [(8, 1, 1), (1, 8, 1), (1, 1, 8)]
+
+
+def test_mesh_takes_what_is_left_for_minus_one():
+    assert dict(make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(1, 1, 8).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 2, 1), (-1, 0, 1)]
+)
+def test_mesh_that_does_not_use_all_devices_is_refused(sizes):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ValueError, match=f"data={data}, fsdp={fsdp}, tensor={tensor}.* 8 devices"):
+        make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        ("NHD", (4, 6, 16), PartitionSpec("tensor", None, "fsdp")),
+        ("KHD", (2, 6, 16), PartitionSpec("tensor", None, "fsdp")),
+        ("KHD", (1, 6, 16), PartitionSpec(None, None, "fsdp")),
+        ("DNH", (16, 4, 6), PartitionSpec("fsdp", "tensor", None)),
+        ("FD", (24, 16), PartitionSpec("tensor", "fsdp")),
+        ("VD", (40, 16), PartitionSpec("tensor", "fsdp")),
+        ("PD", (11, 16), PartitionSpec(None, "fsdp")),
+        ("BT", (8, 5), PartitionSpec(("data", "fsdp"), None)),
+    ],
+)
+def test_rules_turn_letters_into_mesh_axes(axes, shape, spec):
+    mesh = make_mesh(2, 2, 2)
+    sharding = ShardingRules().sharding(mesh, axes, shape)
+    expected = jax.sharding.NamedSharding(mesh, spec)
+    assert sharding.is_equivalent_to(expected, len(shape))
+
+
+def test_an_axis_that_does_not_divide_is_refused_by_name_and_size():
+    with pytest.raises(ValueError, match=r"axis F of FD\(25, 16\) has size 25, which the 2 parts"):
+        ShardingRules().sharding(make_mesh(2, 2, 2), "FD", (25, 16))
+
+
+def test_every_large_weight_names_its_axes():
+    state = nnx.state(nnx.eval_shape(lambda: DecoderOnly(CONFIG, rngs=nnx.Rngs(0))))
+    variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert variables
+    for variable in variables:
+        assert len(variable.get_metadata()["axes"]) == len(variable.shape)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_a_sharded_model_computes_the_same(sizes, num_kv_heads):
+    config = dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads)
+    model = DecoderOnly(config, rngs=nnx.Rngs(3))
+    graphdef, params = nnx.split(model)
+    tokens = jax.random.randint(jax.random.key(1), (8, 11), 0, 40)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    expected = forward(params, tokens)
+
+    mesh = make_mesh(*sizes)
+    shardings = ShardingRules().params(mesh, params)
+    sharded = jax.device_put(params, shardings)
+    batch = jax.device_put(tokens, ShardingRules().sharding(mesh, "BT", tokens.shape))
+    # Sums over a sharded axis are added in another order.
+    np.testing.assert_allclose(forward(sharded, batch), expected, rtol=1e-5, atol=1e-5)
+
+    query = nnx.merge(graphdef, sharded).decoder.layers[0].attention.query[...]
+    assert query.addressable_shards[0].data.size == query.size // (sizes[1] * sizes[2])
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "sizes", "kv_heads_axis"),
+    [
+        (4, (2, 2, 2), "tensor"),
+        (2, (2, 2, 2), "tensor"),
+        (2, (1, 2, 4), None),
+        (1, (2, 2, 2), None),
+    ],
+)
+def test_attention_weights_split_and_key_value_heads_only_where_they_divide(
+    num_kv_heads, sizes, kv_heads_axis
+):
+    attention = nnx.eval_shape(lambda: Attention(16, 4, num_kv_heads, 5, rngs=nnx.Rngs(0)))
+    mesh = make_mesh(*sizes)
+    specs = dict(
+        query=PartitionSpec("tensor", None, "fsdp"),
+        key=PartitionSpec(kv_heads_axis, None, "fsdp"),
+        value=PartitionSpec(kv_heads_axis, None, "fsdp"),
+        out=PartitionSpec("fsdp", "tensor", None),
+    )
+    shardings = dict(nnx.to_flat_state(ShardingRules().params(mesh, nnx.state(attention))))
+    assert shardings.keys() == {(name,) for name in specs}
+    for name, spec in specs.items():
+        expected = jax.sharding.NamedSharding(mesh, spec)
+        assert shardings[name,].get_value().is_equivalent_to(expected, 3)
+
+
+def test_a_weight_without_axes_is_replicated_and_a_rule_can_be_changed():
+    mesh = make_mesh(2, 2, 2)
+    module = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    for variable in jax.tree.leaves(ShardingRules().params(mesh, nnx.state(module))):
+        assert variable.spec == PartitionSpec()
+    assert (
+        ShardingRules(V=())
+        .sharding(mesh, "VD", (13, 6))
+        .is_equivalent_to(jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp")), 2)
+    )
+
+
+def test_gradients_of_sharded_weights_are_the_same():
+    attention = Attention(16, 4, 1, 5, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(attention)
+    x = jax.random.normal(jax.random.key(1), (8, 7, 16))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        return (nnx.merge(graphdef, params)(x, is_causal=True) ** 2).sum()
+
+    mesh, rules = make_mesh(2, 2, 2), ShardingRules()
+    sharded = jax.device_put(params, rules.params(mesh, params))
+    batch = jax.device_put(x, rules.sharding(mesh, "BT", x.shape[:2]))
+    # Sums over a sharded axis are added in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4, equal_nan=False)
+    jax.tree.map(close, gradient(sharded, batch), gradient(params, x))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ONE_AXIS)]
+)
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+@pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
+def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, sizes):
+    config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=num_kv_heads, max_length=16)
+    graphdef, params = nnx.split(model_type(config, rngs=nnx.Rngs(3)))
+    source = jax.random.randint(jax.random.key(1), (8, 11), 2, 40)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def decode(params, source, search):
+        model = nnx.merge(graphdef, params)
+        cache, context = model.init_cache(8, 16), ()
+        if model_type is EncoderDecoder:
+            context = (model.init_cross_cache(source),)
+        cache = model.prefill(source[:, :4], cache, *context)[1]
+        decoded = search(
+            lambda tokens, cache: model.decode(tokens, cache, *context),
+            cache,
+            source[:, 4],
+            max_new_tokens=11,
+            eos_id=1,
+        )
+        return decoded.tokens, decoded.length
+
+    mesh, rules = make_mesh(*sizes), ShardingRules()
+    sharded = jax.device_put(params, rules.params(mesh, params))
+    batch = jax.device_put(source, rules.sharding(mesh, "BT", source.shape))
+    for search in (greedy, functools.partial(beam_search, beam_size=3)):
+        expected = decode(params, source, search)
+        assert len(np.unique(expected[0])) > 5
+        jax.tree.map(np.testing.assert_array_equal, decode(sharded, batch, search), expected)

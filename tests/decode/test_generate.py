@@ -1,0 +1,275 @@
+"""`generate`, `Generator` and `LineDecoder` against full forward passes, a line at a time.
+
+B batch   S source length   T target length   R rows, batch times beam
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mqa_jax import (
+    Decoded,
+    DecoderOnly,
+    EncoderDecoder,
+    TransformerConfig,
+    beam_search,
+    greedy,
+    sample,
+)
+from mqa_jax.decode.generate import BUCKET, Generator, LineDecoder, generate
+from mqa_jax.measure.timing import no_compilation
+
+BOS, EOS, END = 1, 2, 11  # EOS ends what is given, END what is decoded: a token that comes by soon.
+MAX_LENGTH = 40
+CONFIG = TransformerConfig(
+    vocab_size=13,
+    d_model=12,
+    d_ff=17,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=5,
+    max_length=MAX_LENGTH,
+    window=7,
+)
+MODELS = [EncoderDecoder, DecoderOnly]
+SEARCHES = {
+    "greedy": functools.partial(greedy, eos_id=END),
+    "sample": functools.partial(sample, eos_id=END, temperature=0.7),
+    "beam_search": functools.partial(beam_search, beam_size=3, eos_id=END),
+}
+both_models = pytest.mark.parametrize("model_type", MODELS)
+
+
+class Words:
+    """A tokenizer for lines of ids."""
+
+    def encode(self, text):
+        return [*map(int, text.split()), EOS]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def make_lines(*lengths):
+    """Lines of that many words, so of one token more."""
+    rng = np.random.default_rng(0)
+    return [" ".join(map(str, rng.integers(3, 13, length))) for length in lengths]
+
+
+def make_model(model_type, seed=13, **changes):
+    """A model of shapes, and weights from NumPy, since JAX would compile for every shape."""
+    config, rng = dataclasses.replace(CONFIG, **changes), np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0)))
+    random = functools.partial(rng.normal, scale=0.5)
+    params = jax.tree.map(lambda x: random(size=x.shape).astype(np.float32), nnx.state(model))
+    return model, params
+
+
+def make_decoder(model, search, **options):
+    options = dict(batch_size=3, bos_id=BOS) | options
+    return LineDecoder(model, Words(), search=search, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="max_new_tokens")
+def decode_slowly(graphdef, search, params, ids_S, length, key, *, max_new_tokens):
+    """One line, and for every step a forward pass over all that came before, without a cache."""
+    model = nnx.merge(graphdef, params)
+    is_source_1S = jnp.arange(MAX_LENGTH)[None] < length
+
+    def step_fn(tokens_R, cache):
+        inputs_RT, at_R = cache["inputs"], cache["length"]
+        rows_R = jnp.arange(tokens_R.shape[0])
+        inputs_RT = inputs_RT.at[rows_R, at_R].set(tokens_R)
+        if isinstance(model, DecoderOnly):
+            logits_RTV = model(inputs_RT)
+        else:
+            rows = (rows_R.size, MAX_LENGTH)
+            logits_RTV = model(
+                jnp.broadcast_to(ids_S[None], rows),
+                inputs_RT,
+                source_segment_ids=jnp.broadcast_to(is_source_1S.astype(jnp.int32), rows),
+                target_segment_ids=jnp.ones(rows, jnp.int32),
+            )
+        return logits_RTV[rows_R, at_R], {"inputs": inputs_RT, "length": at_R + 1}
+
+    if isinstance(model, DecoderOnly):
+        inputs_T = jnp.concatenate([jnp.full(1, BOS), ids_S[:-1]])
+        last, length = inputs_T[length - 1], length - 1
+    else:
+        inputs_T, last, length = jnp.zeros_like(ids_S), jnp.int32(BOS), jnp.int32(0)
+    cache = {"inputs": inputs_T[None], "length": length[None]}
+    options = {} if key is None else {"key": key[None]}
+    decoded = search(step_fn, cache, last[None], max_new_tokens=max_new_tokens, **options)
+    return jax.tree.map(lambda x: x[0], dataclasses.replace(decoded, steps=None))
+
+
+def same(actual, expected):
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.length, expected.length)
+    assert (actual.score is None) == (expected.score is None)
+    if actual.score is not None:
+        # float32 sums in another order.
+        np.testing.assert_allclose(actual.score, expected.score, rtol=1e-4, atol=1e-4)
+
+
+@both_models
+@pytest.mark.parametrize("name", SEARCHES)
+def test_lines_are_decoded_as_if_each_were_alone(model_type, name):
+    """Batches that mix lengths, a last one that is not full, an empty line, and two widths."""
+    search, limit = SEARCHES[name], 6
+    model, params = make_model(model_type)
+    lines = make_lines(3, 19 if name == "greedy" else 9, 0, 11, 14, 7, 1)
+    keys = jax.random.split(jax.random.key(3), len(lines)) if name == "sample" else None
+    decoder = make_decoder(model, search, max_new_tokens=limit)
+    results = list(decoder(params, lines, keys))
+    assert sorted(i for i, _ in results) == list(range(len(lines)))
+    by_index, lengths = dict(results), set()
+    for i, line in enumerate(lines):
+        ids_S = np.zeros(MAX_LENGTH, np.int32)
+        ids_S[: len(Words().encode(line))] = Words().encode(line)
+        length, key = np.int32(len(line.split()) + 1), None if keys is None else keys[i]
+        graphdef = nnx.graphdef(model)
+        expected = decode_slowly(graphdef, search, params, ids_S, length, key, max_new_tokens=limit)
+        same(by_index[i], expected)
+        lengths |= set(np.atleast_1d(expected.length).tolist())
+    assert len(lengths) > 1, "some lines should end early"
+    stats, best = decoder.stats, [int(d.length.flat[0]) for _, d in results]
+    assert stats.tokens == sum(best) and stats.compile_seconds > 0 and stats.decode_seconds > 0
+    steps = [int(decoded.steps) for _, decoded in results]
+    assert stats.steps == steps[0] + steps[3] + steps[6], "the steps of three batches"
+
+    order = np.array([4, 0, 6, 2, 1, 5, 3])
+    shuffled = [lines[i] for i in order]
+    for i, decoded in decoder(params, shuffled, None if keys is None else keys[order]):
+        same(decoded, by_index[order[i]])
+
+
+def record(log, step_fn, cache, last_B, *, max_new_tokens):
+    """A search that decodes nothing, and compiles in no time: the last prompt token, repeated."""
+    log.append((cache[0].key.shape, max_new_tokens))
+    tokens_BL = jnp.broadcast_to(last_B[:, None], (last_B.size, max_new_tokens))
+    return Decoded(tokens_BL, jnp.full_like(last_B, max_new_tokens), jnp.int32(1))
+
+
+@both_models
+def test_the_default_limit_does_not_depend_on_the_lines_beside(model_type):
+    model, params = make_model(model_type, max_length=90)
+    decoder = make_decoder(model, functools.partial(record, []))
+    lines = make_lines(2, 20)
+    together = dict(decoder(params, lines))
+    for i, tokens in enumerate((3, 21)):
+        [(_, alone)] = decoder(params, [lines[i]])
+        assert together[i].length == alone.length
+        # 50 more than the line has, or up to a bucket more, or what there is room for.
+        room = 90 - (model_type is DecoderOnly) * (tokens + BUCKET)
+        assert min(tokens + 50, room) <= alone.length <= tokens + 50 + BUCKET
+
+
+@both_models
+@pytest.mark.parametrize("max_new_tokens", [None, 4])
+def test_a_corpus_compiles_once_a_bucket(model_type, max_new_tokens):
+    log, (model, params) = [], make_model(model_type)
+    decoder = make_decoder(model, functools.partial(record, log), max_new_tokens=max_new_tokens)
+    # As long as they may be: 40 tokens with the end of sentence, or less what is to be decoded.
+    longest = MAX_LENGTH - 1 - (model_type is DecoderOnly) * ((max_new_tokens or 1) - 1)
+    lines = make_lines(*range(longest + 1 - (model_type is DecoderOnly)))
+    assert len(list(decoder(params, lines))) == len(lines)
+    assert 1 < len(log) <= -(-MAX_LENGTH // BUCKET), log
+    traces = len(log)
+    list(decoder(jax.tree.map(np.zeros_like, params), lines[::-1]))
+    assert len(log) == traces, "other weights are no reason to compile again"
+
+
+def test_what_the_search_begins_with():
+    log, lines = [], make_lines(4, 0, 2)
+    for model_type in MODELS:
+        model, params = make_model(model_type)
+        decoder = make_decoder(model, functools.partial(record, log), max_new_tokens=2)
+        begins = {i: decoded.tokens.tolist() for i, decoded in decoder(params, lines)}
+        last = [int(line.split()[-1]) if line else BOS for line in lines]
+        if model_type is EncoderDecoder:
+            last = [BOS] * 3
+        assert begins == {i: [token] * 2 for i, token in enumerate(last)}
+
+
+@both_models
+@pytest.mark.parametrize("max_new_tokens", [None, 4])
+def test_too_long_a_line_is_refused_before_any_is_decoded(model_type, max_new_tokens):
+    log, (model, params) = [], make_model(model_type)
+    decoder = make_decoder(model, functools.partial(record, log), max_new_tokens=max_new_tokens)
+    room, words = {
+        (EncoderDecoder, None): (40, 39),
+        (EncoderDecoder, 4): (40, 39),
+        (DecoderOnly, None): (39, 38),
+        (DecoderOnly, 4): (36, 35),
+    }[model_type, max_new_tokens]
+    lines = make_lines(3, 5, words + 1, 2)
+    with pytest.raises(ValueError, match=f"line 3 has {room + 1} tokens, .* room for {room} "):
+        next(decoder(params, lines))
+    assert log == []
+    assert len(list(decoder(params, make_lines(3, words)))) == 2
+
+
+@both_models
+def test_other_lengths_inside_a_bucket_compile_nothing(model_type):
+    model, params = make_model(model_type)
+    params = jax.tree.map(jnp.asarray, params)
+    search = functools.partial(greedy, eos_id=EOS)
+    generator = Generator(model, search=search, batch_size=2, bos_id=BOS, max_new_tokens=6)
+    first = generator.tokens(params, [[BOS, 5, 7]])
+    assert len(first) == 1 and 1 <= len(first[0]) <= 6
+    with no_compilation():
+        again = generator.tokens(params, [[BOS] * BUCKET, [BOS, 5, 7], [4]])
+    assert len(again) == 3 and again[1] == first[0]
+    with pytest.raises(RuntimeError, match="compiled while"), no_compilation():
+        generator.tokens(params, [[BOS] * (BUCKET + 1)])
+    expected = {i: decoded.tokens[: decoded.length] for i, decoded in generator(params, [[4]])}
+    assert again[2] == expected[0].tolist()
+
+
+@both_models
+def test_a_prompt_without_tokens_is_refused(model_type):
+    model, params = make_model(model_type)
+    generator = Generator(model, search=greedy, batch_size=2, bos_id=BOS)
+    with pytest.raises(ValueError, match="prompt 2 has no tokens"):
+        generator.tokens(params, [[4], []])
+
+
+@both_models
+def test_no_lines(model_type):
+    model, params = make_model(model_type)
+    assert list(make_decoder(model, greedy)(params, [])) == []
+
+
+@both_models
+def test_weights_are_cast_once_before_the_loop(model_type):
+    """The search's own step sees weights of the activations' dtype: no step reads wider ones."""
+    seen, (model, params) = [], make_model(model_type, dtype="bfloat16")
+
+    def search(step_fn, cache, last_B, *, max_new_tokens):
+        owner = step_fn.args[0] if isinstance(step_fn, functools.partial) else step_fn.__self__
+        seen.extend(x.dtype for x in jax.tree.leaves(nnx.state(owner)) if x.ndim > 1)
+        return record([], step_fn, cache, last_B, max_new_tokens=max_new_tokens)
+
+    decoder = make_decoder(model, search, max_new_tokens=2)
+    assert len(list(decoder(params, make_lines(3)))) == 1
+    assert set(seen) == {jnp.bfloat16.dtype}
+
+
+@pytest.mark.parametrize("model_type, tokens", [(EncoderDecoder, (5, 41)), (DecoderOnly, (5, 36))])
+def test_prompt_and_answer_must_fit(model_type, tokens):
+    prompt_length, max_new_tokens = tokens
+    model, params = make_model(model_type)
+    merged = nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, params))
+    prompt_BP, lengths_B = jnp.full((3, prompt_length), 4), jnp.full(3, prompt_length)
+    options = dict(search=greedy, bos_id=BOS)
+    with pytest.raises(ValueError, match="41 tokens, but the model knows 40 positions"):
+        jax.jit(
+            lambda: generate(merged, prompt_BP, lengths_B, max_new_tokens=max_new_tokens, **options)
+        )()
