@@ -1,0 +1,49 @@
+"""Paths that users give, and JSON that is read back from a disk: what is wrong names the file."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+# Of one letter it is a drive of Windows. `Path` makes one slash of two.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """`value` as a path of this machine; a leading `~` is the home directory.
+
+    Args:
+      name: what the path is, such as "--workdir", for the message.
+
+    Raises:
+      ValueError: it is empty, or an address such as gs://bucket/run.
+    """
+    text = os.fspath(value)
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must be a path, not {text!r}")
+    if _SCHEME.match(text):
+        raise ValueError(
+            f"{name} {text!r} is an address, and only paths of this machine are read and written: "
+            "mount a bucket (gs:// with Cloud Storage FUSE: `gcsfuse BUCKET DIR`), or copy the "
+            "files here, and give the path"
+        )
+    return Path(os.path.expanduser(text))  # `Path` would take ./~ for ~ too.
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      ValueError: the file is cut short, or holds something else; the message names it.
+      OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # Of UnicodeDecodeError too.
+        raise ValueError(f"{path} is cut short or damaged, no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is not what was written there: {content!r:.60} in place of fields"
+        )
+    return content
