@@ -19,12 +19,15 @@ from flax import nnx
 from ml_collections import ConfigDict, config_flags
 
 from mqa_jax import TransformerConfig, beam_search, greedy, sample
-from mqa_jax.decode.generate import LineDecoder, Search
+from mqa_jax.decode.generate import Search
+from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.measure import benchmark, compile_only, plots, report
 from mqa_jax.measure.cost import SEARCHES
 from mqa_jax.model.transformer import MODELS, build_model
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The --workdir of a training run.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The --workdir of a training run.", allow_override=True
+)
 INPUT = flags.DEFINE_string("input", "-", "A text to decode line by line; - is standard input.")
 OUTPUT = flags.DEFINE_string("output", "-", "Where the lines go; - is standard output.")
 REFERENCE = flags.DEFINE_string("reference", None, "The right lines: prints BLEU.")
@@ -41,7 +44,9 @@ TOP_P = flags.DEFINE_float("top_p", None, "For --sample: only the best tokens, o
 SEED = flags.DEFINE_integer("seed", 0, "For --sample.")
 
 BENCHMARK = flags.DEFINE_bool("benchmark", False, "Measure --config with random weights.")
-CONFIG = config_flags.DEFINE_config_file("config", help_string="For --benchmark.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="For --benchmark.", allow_override=True
+)
 QUICK = flags.DEFINE_bool(
     "quick", False, "For --benchmark: two variants at one size, where no flag says otherwise."
 )
@@ -68,6 +73,7 @@ COMPILE_ONLY = flags.DEFINE_string(
     None,
     "A TPU topology, such as v5e:2x2: compiles a decode step of --config in each of the --variants "
     "--dtypes, --batch_sizes and --context_lengths for it, and tells.",
+    allow_override=True,
 )
 
 
@@ -97,14 +103,14 @@ def decode_text(workdir: Path) -> None:
     from tqdm import tqdm
 
     from mqa_jax.data import BOS_ID, EOS_ID
-    from mqa_jax.data.loader import read_lines
+    from mqa_jax.data.text import read_lines
     from mqa_jax.data.tokenizer import Tokenizer
     from mqa_jax.train import workdir as workdirs
     from mqa_jax.train.metrics import bleu, exact_match
 
     config = workdirs.load_config(workdir)
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
-    lines = read_lines("/dev/stdin" if INPUT.value == "-" else INPUT.value)
+    lines = read_lines(INPUT.value)
     references = None if REFERENCE.value is None else read_lines(REFERENCE.value)
     if references is not None and len(references) != len(lines):
         raise ValueError(

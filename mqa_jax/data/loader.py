@@ -82,12 +82,6 @@ def eval_batches(
     return _batches(rows, indices, batch_size, 0, process_index, process_count)
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 file; only "\\n" ends one, unlike with `str.splitlines`."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        return [line.removesuffix("\n") for line in file]
-
-
 class _Rows:
     """Random access to the rows of a split, and to rows of padding behind them."""
 

@@ -13,7 +13,6 @@ Blank lines are kept: what is to be done about them is not for this file to say.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import itertools
 import json
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from mqa_jax.data.text import iterate_lines, open_text
 
 LINE = "line"
 
@@ -86,31 +87,14 @@ def _find(directory: Path, name: str) -> Path:
     return found[0]
 
 
-def _open(file: Path):
-    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-
-
 def _sha256(file: Path) -> str:
     try:
-        with _open(file) as text:
+        with open_text(file) as text:
             if not text.peek(1):
                 raise ValueError(f"{file} is empty: remove its split, or put text into it")
             return hashlib.file_digest(text, "sha256").hexdigest()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read ({error}): copy it here again") from error
-
-
-def _lines(file: Path) -> Iterator[str]:
-    # Read as bytes: in text mode a lone "\r" would end a line too, and `str.splitlines` would split
-    # at six more characters, so that the two files would no longer run side by side.
-    with _open(file) as text:
-        for number, line in enumerate(text, start=1):
-            try:
-                yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file}:{number}: not UTF-8 ({error}): convert the file, with iconv say"
-                ) from error
 
 
 class ParallelText(tfds.core.GeneratorBasedBuilder):
@@ -141,9 +125,13 @@ class ParallelText(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, files: Mapping[str, Path]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, texts in enumerate(itertools.zip_longest(*map(_lines, files.values())), 1):
+        for number, texts in enumerate(
+            itertools.zip_longest(*map(iterate_lines, files.values())), 1
+        ):
             if None in texts:
-                counts = [f"{file} has {sum(1 for _ in _lines(file))}" for file in files.values()]
+                counts = [
+                    f"{file} has {sum(1 for _ in iterate_lines(file))}" for file in files.values()
+                ]
                 raise ValueError(
                     f"unequal numbers of lines: {' and '.join(counts)}; line N of the one has to "
                     "be the translation of line N of the other"

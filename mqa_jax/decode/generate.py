@@ -1,4 +1,4 @@
-"""From prompts to tokens, and from lines of text to lines of text, with the project's own models.
+"""From prompts to tokens, with the project's own models.
 
 Array letters: B batch   P prompt length   L max_new_tokens
 """
@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +22,6 @@ Search = Callable[..., Decoded]
 
 # Prompts are padded to a multiple of this, so that a corpus needs a handful of compilations.
 BUCKET = 16
-
-
-class Tokenizer(Protocol):
-    """What this file asks of a tokenizer; `mqa_jax.data.tokenizer.Tokenizer` is one."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 def generate(
@@ -240,23 +231,3 @@ class Generator:
             return min(width, self._max_length), min(limit, self._max_length)
         width = min(width, self._max_length - (self._max_new_tokens or 1))
         return width, min(limit, self._max_length - width)
-
-
-class LineDecoder(Generator):
-    """A `Generator` from lines of text; `tokenizer` turns them into ids, all else is the same."""
-
-    _prompt_name = "line"
-
-    def __init__(self, model: Model, tokenizer: Tokenizer, **options):
-        super().__init__(model, **options)
-        self._tokenizer = tokenizer
-
-    def __call__(
-        self, params: nnx.State, lines: Sequence[str], keys: Array | None = None
-    ) -> Iterator[tuple[int, Decoded]]:
-        """As `Generator`, of lines; an error counts them from 1."""
-        prompts = map(self._tokenizer.encode, lines)
-        if not self._is_translation:
-            # A sentence to be continued begins, and does not end.
-            prompts = ([self._bos_id, *ids[:-1]] for ids in prompts)
-        return super().__call__(params, list(prompts), keys)

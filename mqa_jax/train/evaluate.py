@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mqa_jax.data import BOS_ID, EOS_ID, loader
+from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import Tokenizer
-from mqa_jax.decode.generate import LineDecoder
+from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.search import greedy
 from mqa_jax.train.metrics import bleu, exact_match
 from mqa_jax.train.processes import put_batch, row_share
@@ -30,7 +31,7 @@ def make_evaluate(
     sources = references = []
     if config.task == "translation" and settings.lines:
         sources, references = (
-            loader.read_lines(data / f"validation.{side}.txt")[: settings.lines]
+            read_lines(data / f"validation.{side}.txt")[: settings.lines]
             for side in (config.data.source, config.data.target)
         )
     decoder = LineDecoder(

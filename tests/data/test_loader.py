@@ -5,9 +5,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mqa_jax.data.loader import eval_batches, read_lines, train_batches
+from mqa_jax.data.loader import eval_batches, train_batches
 from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.prepare import prepare
+from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import Tokenizer
 
 BATCH = 6
@@ -170,8 +171,3 @@ def test_a_directory_that_is_not_whole_is_refused(directory):
     (directory / "manifest.json").unlink()
     with pytest.raises(ValueError, match="python -m mqa_jax.data.prepare"):
         train_batches(directory, batch_size=1, seed=0)
-
-
-def test_read_lines_splits_at_newlines_only(tmp_path):
-    (tmp_path / "text").write_bytes("a\u2028b\x85\r\n\nc\rd".encode())
-    assert read_lines(tmp_path / "text") == ["a\u2028b\x85\r", "", "c\rd"]

@@ -12,9 +12,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 import mqa_jax.data
 from mqa_jax.data import prepare as prepare_module
 from mqa_jax.data import raw as raw_module
-from mqa_jax.data.loader import read_lines
 from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.prepare import prepare
+from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import EOS_ID, Tokenizer
 
 

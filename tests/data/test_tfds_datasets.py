@@ -19,9 +19,10 @@ import tensorflow_datasets as tfds
 from configs import lm1b, wmt14
 from mqa_jax.data import EOS_ID
 from mqa_jax.data import raw as raw_module
-from mqa_jax.data.loader import read_lines, train_batches
+from mqa_jax.data.loader import train_batches
 from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.prepare import prepare
+from mqa_jax.data.text import read_lines
 
 THINGS = dict(house="Haus", tree="Baum", river="Fluss", street="Strasse", window="Fenster")
 PAIRS = [
