@@ -1,6 +1,6 @@
 """One decode step of the paper's encoder-decoder on a CPU: this project beside its peers.
 
-    pip install --editable . torch==2.13.0 transformers ctranslate2
+    pip install --editable ".[plot]" torch==2.13.0 transformers ctranslate2
     python benchmarks/peers.py [--output=FILE] [--peers_python=PATH]
 
 The same work for everyone: 6 + 6 layers, d_model 1024, d_ff 4096, 8 heads of 128, a vocabulary of

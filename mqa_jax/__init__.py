@@ -17,6 +17,8 @@ from mqa_jax.decode.search import Decoded, greedy, sample
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
 
+__version__ = "0.2.0.dev0"
+
 __all__ = [
     "Attention",
     "CrossCache",

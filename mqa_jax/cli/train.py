@@ -23,7 +23,6 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mqa_jax.measure import compile_only
 from mqa_jax.train.checkpoint import SaveError
 from mqa_jax.train.loop import train
 from mqa_jax.train.processes import initialize
@@ -46,6 +45,8 @@ PEER_TIMEOUT = flags.DEFINE_integer(
 def main(_) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
     if COMPILE_ONLY.value:
+        from mqa_jax.measure import compile_only  # Only here, since it needs another extra.
+
         return compile_only.train(CONFIG.value, COMPILE_ONLY.value)
     if WORKDIR.value is None:
         raise app.UsageError("give --workdir to train, or --compile_only")

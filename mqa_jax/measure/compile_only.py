@@ -107,7 +107,7 @@ def find_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(
             "compiling for a TPU needs libtpu, which holds the compiler: "
-            'pip install --editable ".[tpu]" (on Linux, x86-64; it needs no TPU)'
+            'pip install --editable ".[all,tpu]" (on Linux, x86-64; it needs no TPU)'
         )
     # Nobody is to look for a TPU here, or to ask the cloud about one; and as none is opened, other
     # programs may have libtpu loaded at the same time.

@@ -67,7 +67,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(capsys):
 
 def test_without_libtpu_the_way_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r'pip install --editable "\.\[tpu\]"'):
+    with pytest.raises(RuntimeError, match=r'pip install --editable "\.\[all,tpu\]"'):
         compile_only.find_topology("v5e:2x2")
 
 
@@ -126,7 +126,7 @@ def test_every_decode_step_is_told_of(cpu_topology, capsys):
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason='libtpu, the TPU compiler, is not installed: pip install --editable ".[tpu]"',
+    reason='libtpu, the TPU compiler, is not installed: pip install --editable ".[all,tpu]"',
 )
 
 

@@ -1,0 +1,92 @@
+"""What each extra brings is what the code asks for, and its absence is said in one line."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from mqa_jax.core.extras import EXTRAS, MissingExtra, require
+
+ROOT = Path(__file__).parents[2]
+CORE = {"jax", "jaxlib", "flax", "numpy"}
+# Of which extras the files of a folder may import; the folders that are not here, of none.
+MAY_IMPORT = dict(data=["train"], train=["train"], measure=["train", "plot"], cli=["train", "plot"])
+
+
+def distributions(extra: str) -> set[str]:
+    """The packages of an extra in setup.cfg."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options.extras_require"][extra].strip().splitlines()
+    names = (re.match(r"[\w-]+", line) for line in lines if not line.startswith("#"))
+    return {name.group().lower().replace("_", "-") for name in names}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_table_is_setup_cfg(extra):
+    providers = packages_distributions()
+    wanted = distributions(extra)
+    for name in EXTRAS[extra]:
+        found = {p.lower().replace("_", "-") for p in providers[name.split(".")[0]]}
+        assert found & wanted, f"nothing of [{extra}] in setup.cfg brings {name}"
+    assert len(EXTRAS[extra]) == len(wanted)
+
+
+def third_party(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {"mqa_jax"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "mqa_jax").rglob("*.py")),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_files_import_what_their_folder_asks_for(path):
+    folder = path.relative_to(ROOT / "mqa_jax").parts[0]
+    extras = MAY_IMPORT.get(folder, [])
+    allowed = CORE | {name.split(".")[0] for extra in extras for name in EXTRAS[extra]}
+    assert third_party(path) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("mqa_jax.train.loop", "sacrebleu", "train"),
+        ("mqa_jax.train.step", "tensorboardX", "train"),
+        ("mqa_jax.data.loader", "array_record", "train"),
+        ("mqa_jax.data", "ml_collections", "train"),
+        ("mqa_jax.measure.report", "matplotlib", "plot"),
+    ],
+)
+def test_the_first_use_says_what_to_install(module, missing, extra):
+    program = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.endswith(f'pip install "mqa_jax[{extra}]"')
+    assert missing in last and ".".join(module.split(".")[:2]) in last
+
+
+def test_nothing_is_missing_here_and_all_that_is_missing_is_named(monkeypatch):
+    for extra in EXTRAS:
+        require(extra, "the test")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "grain", None)
+    message = (
+        "the test needs grain, tqdm, which the core of mqa_jax leaves out: "
+        r'pip install "mqa_jax\[train\]"'
+    )
+    with pytest.raises(MissingExtra, match=f"^{message}$") as error:
+        require("train", "the test")
+    assert error.value.name == "grain"
