@@ -75,12 +75,14 @@ class DecodeStats:
       compile_seconds: spent on compiling, once a shape.
       decode_seconds: spent on all else: encoding or prefill, and the steps.
       steps: decode steps, each for a whole batch.
+      rows: real prompts in the batch of each step, summed up over the steps.
       tokens: decoded for real prompts (of the best hypothesis), end-of-sentence included.
     """
 
     compile_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: int = 0
+    rows: int = 0
     tokens: int = 0
 
 
@@ -100,8 +102,6 @@ class Generator:
     Attributes:
       stats: what has been decoded, and how long it took.
     """
-
-    _prompt_name = "prompt"
 
     def __init__(
         self,
@@ -141,8 +141,18 @@ class Generator:
         self._compiled = {}
         self.stats = DecodeStats()
 
+    @property
+    def room(self) -> int:
+        """Tokens of the longest prompt that can be decoded behind."""
+        return self._max_length - (0 if self._is_translation else self._max_new_tokens or 1)
+
     def __call__(
-        self, params: nnx.State, prompts: Sequence[Sequence[int]], keys: Array | None = None
+        self,
+        params: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        keys: Array | None = None,
+        *,
+        name: Callable[[int], str] = "prompt {}".format,
     ) -> Iterator[tuple[int, Decoded]]:
         """Decodes behind `prompts`; none is cut short.
 
@@ -151,6 +161,7 @@ class Generator:
           prompts: ids of what to translate, or to continue; a language model's begin with `bos_id`.
           keys: for `sample`: `[len(prompts)]` PRNG keys; what a prompt draws depends on its own
             alone.
+          name: what errors call a prompt, from its number, which counts from 1.
 
         Yields:
           the index of a prompt, and what was decoded for it, without the batch axis; not in order.
@@ -160,7 +171,7 @@ class Generator:
             has been decoded then.
         """
         for number, prompt in enumerate(prompts, start=1):
-            self._check(number, prompt)
+            self._check(name(number), prompt)
         # Only prompts of one shape share a batch: what is decoded for one depends on no other then.
         by_shape = {}
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -178,6 +189,7 @@ class Generator:
                 prompt_BP[row, : lengths_B[row]] = prompts[i]
             keys_B = None if keys is None else keys[np.array(rows)]
             decoded = self._decode(params, prompt_BP, lengths_B, keys_B, limit)
+            self.stats.rows += int(decoded.steps) * len(batch)
             for row, i in enumerate(batch):
                 own = jax.tree.map(
                     lambda x, row=row: x[row], dataclasses.replace(decoded, steps=None)
@@ -209,18 +221,15 @@ class Generator:
         self.stats.steps += int(decoded.steps)
         return decoded
 
-    def _check(self, number: int, prompt: Sequence[int]) -> None:
+    def _check(self, name: str, prompt: Sequence[int]) -> None:
         """A prompt must have a token, and leave room for at least one more."""
-        room = self._max_length
-        if not self._is_translation:
-            room -= self._max_new_tokens or 1
         if not len(prompt):
-            raise ValueError(f"{self._prompt_name} {number} has no tokens: give one at least")
-        if len(prompt) > room:
+            raise ValueError(f"{name} has no tokens: give one at least")
+        if len(prompt) > self.room:
             raise ValueError(
-                f"{self._prompt_name} {number} has {len(prompt)} tokens, but there is room for "
-                f"{room} (the model knows {self._max_length} positions): split it, or train a "
-                "model with a larger max_length"
+                f"{name} has {len(prompt)} tokens, but there is room for {self.room} (the model "
+                f"knows {self._max_length} positions): split it, or train a model with a larger "
+                "max_length"
             )
 
     def _shape(self, length: int) -> tuple[int, int]:
@@ -229,5 +238,5 @@ class Generator:
         limit = self._max_new_tokens or width + 50
         if self._is_translation:
             return min(width, self._max_length), min(limit, self._max_length)
-        width = min(width, self._max_length - (self._max_new_tokens or 1))
+        width = min(width, self.room)
         return width, min(limit, self._max_length - width)

@@ -21,8 +21,6 @@ class Tokenizer(Protocol):
 class LineDecoder(Generator):
     """A `Generator` from lines of text; `tokenizer` turns them into ids, all else is the same."""
 
-    _prompt_name = "line"
-
     def __init__(self, model: Model, tokenizer: Tokenizer, **options):
         super().__init__(model, **options)
         self._tokenizer = tokenizer
@@ -35,4 +33,4 @@ class LineDecoder(Generator):
         if not self._is_translation:
             # A sentence to be continued begins, and does not end.
             prompts = ([self._bos_id, *ids[:-1]] for ids in prompts)
-        return super().__call__(params, list(prompts), keys)
+        return super().__call__(params, list(prompts), keys, name="line {}".format)

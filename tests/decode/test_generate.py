@@ -144,6 +144,7 @@ def test_lines_are_decoded_as_if_each_were_alone(model_type, name):
     assert stats.tokens == sum(best) and stats.compile_seconds > 0 and stats.decode_seconds > 0
     steps = [int(decoded.steps) for _, decoded in results]
     assert stats.steps == steps[0] + steps[3] + steps[6], "the steps of three batches"
+    assert stats.rows == sum(steps), "a prompt counts once a step of its batch"
 
     order = np.array([4, 0, 6, 2, 1, 5, 3])
     shuffled = [lines[i] for i in order]
