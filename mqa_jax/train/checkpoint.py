@@ -1,32 +1,48 @@
 """Checkpoints of a training run: the one place that knows Orbax.
 
 <directory>/<step>/                a checkpoint: its number is the position in the data
+<directory>/<step>/run.json        what the run says of itself, such as its config
 <directory>/<step>/manifest.json   the SHA-256 of each of its other files
 <directory>/<step>.unsigned*       one being written, or left by a run that was killed meanwhile
 <directory>/<step>.damaged         one that was not what its manifest says; safe to delete
 
-A checkpoint is written, then signed with its manifest, then renamed: whatever interrupts this, a
-name that is a number alone means a checkpoint that was whole. What happens to its files later is
-found by the manifest before a byte of it is used.
+A checkpoint is written, read back, then signed with its manifest, then renamed: whatever interrupts
+this, a name that is a number alone means a checkpoint that was whole. What happens to its files
+later is found by the manifest before a byte of it is used. Whatever else lies in the directory is
+not ours, and left as it is.
 """
 
 import hashlib
 import json
+import re
 import shutil
+import tempfile
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 
+from mqa_jax.core.checks import check_integer
+from mqa_jax.core.paths import local_path, read_json
 from mqa_jax.train.state import TrainState
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
+
+# Our names, in ASCII digits.
+_SIGNED = re.compile("0|[1-9][0-9]*")
+_UNSIGNED = re.compile(r"[0-9]+\.unsigned(\..*)?")
 
 
 class SaveError(RuntimeError):
@@ -43,16 +59,29 @@ class Checkpoints:
     With several processes each calls the same methods, and all see the same directory. What is read
     is left as it is, but for `restore`, which moves damaged checkpoints out of the way.
 
+    In a `with` statement it is closed at the end; an error inside waits for the save under way, and
+    then is the error.
+
     Args:
       directory: where they lie; made by the first `save`.
       keep: how many of the newest are kept; an older one goes when a newer one has been signed.
+      run: what `run` gives back, signed as the arrays are; JSON.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}")
-        self._directory = Path(directory).absolute()
-        self._keep = keep
+    def __init__(
+        self, directory: str | Path, *, keep: int = 3, run: Mapping[str, Any] | None = None
+    ):
+        self._keep = check_integer("keep", keep)
+        # Without symbolic links and "..", which Tensorstore would take away by the letter.
+        self._directory = local_path("directory", directory).resolve()
+        self._run = json.dumps(run or {}, indent=2)
+        # Orbax and Tensorstore take these for patterns and slashes: they get a link without them.
+        self._link: tempfile.TemporaryDirectory[str] | None = None
+        self._plain = self._directory
+        if set(str(self._directory)) & set("[]\\"):
+            self._link = tempfile.TemporaryDirectory(prefix="mqa_jax-")
+            self._plain = Path(self._link.name) / "checkpoints"
+            self._plain.symlink_to(self._directory, target_is_directory=True)
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             # Else it takes minutes until a directory that cannot be made is an error.
@@ -62,6 +91,23 @@ class Checkpoints:
         self._saving: tuple[int, Future] | None = None
         # Not a look at the directory, which another process may have at another moment.
         self._here: int | None = None
+        self._read: int | None = None  # What `run` is of, and was found whole.
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except Exception as second:
+            if error is None:
+                raise
+            logging.error("%s", second)
 
     def save(self, state: TrainState) -> None:
         """Starts to write `state`; returns when it has been copied to the host.
@@ -76,32 +122,46 @@ class Checkpoints:
         step = int(state.step)
         if step == self._here:
             return
-        unsigned = self._directory / f"{step}.unsigned"
+        items = {"params": _by_path(state.params), "optimizer": _by_path(state.opt_state)}
+        # On their way before the arrays are, which the next step may overwrite.
+        sums = jax.tree.map(_sum_of_bits, items)
         try:
             if jax.process_index() == 0:
-                for left in self._directory.glob("*.unsigned*"):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for left in self._unfinished():
                     shutil.rmtree(left)
             self._checkpointer.save(
-                unsigned,
+                self._plain / f"{step}.unsigned",
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_by_path(state.params)),
-                    optimizer=ocp.args.StandardSave(_by_path(state.opt_state)),
+                    **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}
                 ),
                 force=True,
             )
         except OSError as error:
             raise self._failure(step, error) from None
-        self._here = step
-        self._saving = step, self._pool.submit(self._finish, unsigned, step)
+        self._here, self._read = step, None
+        shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), items)
+        self._saving = step, self._pool.submit(self._finish, step, shapes, sums)
 
-    def _finish(self, unsigned: Path, step: int) -> None:
+    def _finish(self, step: int, shapes: dict, sums: dict) -> None:
         """In the background: signs what Orbax has written, and lets go of the oldest."""
         self._checkpointer.wait_until_finished()
-        if jax.process_index() == 0:
-            (unsigned / MANIFEST).write_text(json.dumps(_hashes(unsigned), indent=2))
-            unsigned.rename(self._directory / str(step))
-            for old in self._steps()[self._keep :]:
+        if jax.process_index() != 0:
+            return
+        unsigned = self._plain / f"{step}.unsigned"
+        for item, arrays in jax.device_get(sums).items():
+            for name, number in arrays.items():
+                _check_written(unsigned / item, name, *shapes[item][name], number)
+        (unsigned / RUN).write_text(self._run)
+        (unsigned / MANIFEST).write_text(json.dumps(_hashes(unsigned), indent=2))
+        unsigned.rename(self._plain / str(step))
+        # Not newer ones, of which nothing is known: this one is whole.
+        older = [old for old in self._steps() if old <= step]
+        for old in older[self._keep :]:
+            try:
                 shutil.rmtree(self._directory / str(old))
+            except OSError as error:
+                logging.warning("the old checkpoint %s cannot be deleted: %s", old, error)
 
     def check(self) -> None:
         """Raises what `wait` would, and does not wait."""
@@ -137,9 +197,9 @@ class Checkpoints:
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        step = self._here = self._newest_whole(set_aside=True)
+        step = self._here = self._read = self._newest_whole(set_aside=True)
         restored = self._checkpointer.restore(
-            self._directory / str(step),
+            self._plain / str(step),
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(_by_path(_abstract(state.params))),
                 optimizer=ocp.args.StandardRestore(_by_path(_abstract(state.opt_state))),
@@ -154,32 +214,75 @@ class Checkpoints:
     def restore_params(self, params: Any) -> Any:
         """The weights of the newest whole checkpoint; `params` may hold shapes instead of arrays.
 
+        A weight goes where its place in `params` says, and else, as for shapes without a sharding,
+        to the first device: wherever the run that saved it had it.
+
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        step = self._newest_whole(set_aside=False)
+        # The files are not read twice if `run` has just done so.
+        step, self._read = self._read, None
+        step = self._newest_whole(set_aside=False) if step is None else step
         args = ocp.args.StandardRestore(_by_path(_abstract(params)))
         restored = self._checkpointer.restore(
-            self._directory / str(step), args=ocp.args.Composite(params=args)
+            self._plain / str(step), args=ocp.args.Composite(params=args)
         )
         return _like(params, restored.params)
 
+    def run(self) -> dict[str, Any]:
+        """What the run said of itself in the newest whole checkpoint; nothing before version 0.2.
+
+        Behind a `restore` it is of the one restored; a `restore_params` behind it reads the same.
+
+        Raises:
+          ValueError: there is no checkpoint, or none that is whole.
+        """
+        if self._read is None:
+            self._read = self._newest_whole(set_aside=False)
+        path = self._directory / str(self._read) / RUN
+        return read_json(path) if path.exists() else {}
+
     def close(self) -> None:
         """Waits until the last save is signed; raises what `wait` does."""
-        self.wait()
-        self._pool.shutdown()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._checkpointer.close()
+            if self._link:
+                self._link.cleanup()
+
+    def _folders(self, name: re.Pattern[str]) -> list[Path]:
+        """The directories in ours whose name is of that kind."""
+        if not self._directory.is_dir():
+            return []
+        return [
+            path
+            for path in sorted(self._directory.iterdir())
+            if name.fullmatch(path.name) and path.is_dir()
+        ]
+
+    def _unfinished(self) -> list[Path]:
+        return [path for path in self._folders(_UNSIGNED) if not path.is_symlink()]
 
     def _steps(self) -> list[int]:
         """The newest first."""
-        names = (path.name for path in self._directory.glob("*"))
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        return sorted(
+            (
+                int(path.name)
+                for path in self._folders(_SIGNED)
+                # Another's folder may have a number for a name.
+                if (path / MANIFEST).exists() or (path / "params").exists()
+            ),
+            reverse=True,
+        )
 
     def _newest_whole(self, *, set_aside: bool) -> int:
         # The first process reads the files and decides; -1 says that it found none.
-        damaged, step = {}, -1
+        damaged: dict[int, list[str]] = {}
+        step = -1
         if jax.process_index() == 0:
-            for unsigned in self._directory.glob("*.unsigned*"):
+            for unsigned in self._unfinished():
                 logging.warning("%s was never finished, and is not used", unsigned)
             for found in self._steps():
                 bad = _damage(self._directory / str(found))
@@ -207,6 +310,39 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
         return step
+
+
+@jax.jit
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    """Of an array's words of up to 32 bits, modulo 2^32."""
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    return words.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+
+def _check_written(
+    folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, sum_of_bits: int
+) -> None:
+    """Reads an array back that Orbax has written.
+
+    Not by Orbax, with which processes wait for each other; one at a time, as the host may not have
+    memory for all.
+
+    Raises:
+      ValueError: it is not there, or not what was saved.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": f"{folder}/"},
+            "path": f"{name}/",
+        },
+    }
+    array = np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+    words = array.reshape(-1).view(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    if (array.shape, array.dtype) != (shape, dtype) or words.sum(dtype=np.uint32) != sum_of_bits:
+        raise ValueError(f"{folder.name}/{name} is not what was written when it is read back")
 
 
 def _damage(folder: Path) -> list[str]:
@@ -242,6 +378,11 @@ def _like(tree: Any, by_path: dict[str, Any]) -> Any:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            # Without one Orbax would ask for the devices that the array was saved from.
+            sharding=getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0]),
+        ),
         tree,
     )

@@ -3,15 +3,19 @@
 import dataclasses
 import functools
 import gc
+import json
 import shutil
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from running import ROOT, run_well
 
 from mqa_jax.core.sharding import MESH_AXES
 from mqa_jax.model.transformer import build_model
@@ -37,9 +41,9 @@ def make_state(optimizer, seed, *, step, devices=1):
     tree = TrainState(
         jnp.int32(step), params, build_optimizer(optimizer, lambda _: 0.1).init(params)
     )
-    mesh = jax.make_mesh(
-        (1, devices, 1), MESH_AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:devices]
-    )
+    if isinstance(devices, int):
+        devices = jax.devices()[:devices]
+    mesh = jax.make_mesh((1, len(devices), 1), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
     rng = np.random.default_rng(seed)
 
     def fill(x):
@@ -57,6 +61,10 @@ def same(actual, expected):
         assert x.dtype == y.dtype and x.shape == y.shape
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
         assert not np.isnan(np.asarray(x, np.float32)).any()
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
 
 
 def saved(directory, *states, keep=3):
@@ -116,10 +124,186 @@ def test_no_checkpoint(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("keep", [0, -1])
-def test_none_kept(tmp_path, keep):
-    with pytest.raises(ValueError, match=f"keep must be at least 1, not {keep}"):
+@pytest.mark.parametrize(("keep", "kind"), [(0, "at least 1"), (-1, "at least 1"), (2.0, "an int")])
+def test_none_kept(tmp_path, keep, kind):
+    with pytest.raises(ValueError, match=f"keep must be {kind}.*, not {keep}"):
         Checkpoints(tmp_path, keep=keep)
+
+
+def test_an_address_is_refused():
+    with pytest.raises(ValueError, match="'gs://bucket/run' is an address"):
+        Checkpoints("gs://bucket/run")
+
+
+ELSEWHERE = """
+import sys
+import jax
+from flax import nnx
+sys.path += ["tests", "tests/train"]
+from test_checkpoint import Weights, make_state, saved
+from mqa_jax.train.checkpoint import Checkpoints
+assert jax.device_count() == 1
+read, written = sys.argv[1:]
+with Checkpoints(read) as checkpoints:
+    shapes = nnx.state(nnx.eval_shape(Weights))
+    params = checkpoints.restore_params(shapes)
+    state = checkpoints.restore(make_state("adamw", 5, step=0))
+for x in jax.tree.leaves((params, state)):
+    assert x.devices() == {jax.devices()[0]}
+saved(written, state)
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_other_devices_read_what_these_wrote_and_back(tmp_path, devices):
+    """Those of another process, which has one alone: none of those that the arrays were on."""
+    state = make_state("adamw", 0, step=7, devices=jax.devices()[-devices:])
+    saved(tmp_path / "many", state)
+    run_well("-c", ELSEWHERE, tmp_path / "many", tmp_path / "one", cwd=ROOT)
+    with Checkpoints(tmp_path / "one") as checkpoints:
+        same(checkpoints.restore(state), state)
+
+
+NAMES = [
+    "a [b]",
+    "[",
+    "]/deep",
+    "back\\slash",
+    "*?",
+    "{a}",
+    "%20 #ü~",
+    "new\nline",
+    "gs:b",
+    "a/../b",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_directory_will_do(tmp_path, name):
+    """Also the parent's; what is written lies there, and nowhere else."""
+    state, directory = make_state("adamw", 0, step=4), tmp_path / name / "checkpoints"
+    (tmp_path / "a").mkdir()
+    saved(f"{directory}/", state)
+    # A plain name reads the same: it is the same files.
+    shutil.copytree(directory, tmp_path / "plain")
+    for path in (directory, tmp_path / "plain"):
+        with Checkpoints(path) as checkpoints:
+            same(checkpoints.restore(make_state("adamw", 1, step=0)), state)
+    found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.ocdbt")}
+    assert found == {"plain", (tmp_path / name).resolve().relative_to(tmp_path).parts[0]}
+
+
+def test_a_link_and_dots_lead_where_they_lead(tmp_path, monkeypatch):
+    (tmp_path / "far/deep").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far/deep")
+    monkeypatch.chdir(tmp_path)
+    state = make_state("adamw", 0, step=4)
+    saved("near/../run", state)
+    assert (tmp_path / "far/run/4/manifest.json").exists() and not (tmp_path / "run").exists()
+    with Checkpoints("far/run") as checkpoints:
+        same(checkpoints.restore(state), state)
+
+
+@pytest.mark.parametrize("name", ["layers/0", "half"])
+def test_what_reads_back_otherwise_is_not_signed(tmp_path, monkeypatch, name):
+    """Zeros in place of an array, all files whole: what a lost chunk looks like."""
+    states = [make_state("adamw", step, step=step) for step in (4, 6)]
+    saved(tmp_path, states[0])
+    wait = ocp.AsyncCheckpointer.wait_until_finished
+
+    def wait_and_lose(self):
+        wait(self)
+        if (params := tmp_path / "6.unsigned/params").exists():
+            base = {"driver": "file", "path": f"{params}/"}
+            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+            array.write(np.zeros(array.shape, array.dtype.numpy_dtype)).result()
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", wait_and_lose)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(states[1])
+    with pytest.raises(SaveError, match=f"checkpoint 6 .*params/{name} is not what was written"):
+        checkpoints.wait()
+    checkpoints.close()
+    with Checkpoints(tmp_path) as checkpoints:
+        same(checkpoints.restore(states[1]), states[0])
+
+
+def test_what_is_not_ours_is_left(tmp_path, caplog):
+    """Neither read, nor counted, nor deleted."""
+    # The last of them is a digit to Python, and no number.
+    names = [
+        "12 (copy)",
+        "7.tmp",
+        "2024",
+        "007",
+        "notes.unsigned",
+        "5.unsigned-mine",
+        "\N{SUPERSCRIPT TWO}",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    (tmp_path / "9").touch()
+    (tmp_path / "8.unsigned").touch()
+    states = [make_state("adamw", step, step=step) for step in (4, 6)]
+    saved(tmp_path, *states, keep=1)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest_step() == 6
+        same(checkpoints.restore(states[0]), states[1])
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "9", "8.unsigned", "6"}
+    assert all((tmp_path / name / "mine").exists() for name in names)
+
+
+def test_the_one_just_signed_stays_whatever_else_there_is(tmp_path):
+    """Newer ones, as of another run, and one that was moved to another disk."""
+    saved(tmp_path / "far", make_state("adamw", 0, step=4))
+    saved(tmp_path / "run", make_state("adamw", 1, step=100))
+    (tmp_path / "run/4").symlink_to(tmp_path / "far/4")
+    saved(tmp_path / "run", make_state("adamw", 2, step=6), keep=1)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"4", "6", "100"}
+    assert (tmp_path / "far/4/manifest.json").exists()
+
+
+def test_an_error_waits_for_the_save_and_stays_the_error(tmp_path, caplog, monkeypatch):
+    state = make_state("adamw", 0, step=4)
+    with pytest.raises(KeyError, match="reason"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        raise KeyError("reason")
+    with Checkpoints(tmp_path) as checkpoints:
+        same(checkpoints.restore(make_state("adamw", 1, step=0)), state)
+    # A save that fails meanwhile is told of, and not the reason.
+    monkeypatch.setattr(checkpoint, "_hashes", no_space)
+    with pytest.raises(KeyError, match="reason"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state("adamw", 1, step=6))
+        raise KeyError("reason")
+    assert "checkpoint 6 could not be written" in caplog.text
+    # Without another error it is one.
+    with pytest.raises(SaveError, match="checkpoint 6"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state("adamw", 1, step=6))
+
+
+def test_what_the_run_says_of_itself_is_signed(tmp_path):
+    state = make_state("adamw", 0, step=4)
+    with Checkpoints(tmp_path, run={"config": {"ä": [1, None]}}) as checkpoints:
+        checkpoints.save(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.run() == {"config": {"ä": [1, None]}}
+        same(checkpoints.restore_params(state.params), state.params)
+    (tmp_path / "4/run.json").write_text("{}")
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"4: \['run.json'\]"),
+    ):
+        checkpoints.run()
+    # Before version 0.2 it said nothing.
+    signed = json.loads((tmp_path / "4/manifest.json").read_text())
+    del signed["run.json"]
+    (tmp_path / "4/manifest.json").write_text(json.dumps(signed))
+    (tmp_path / "4/run.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.run() == {}
+        same(checkpoints.restore(state), state)
 
 
 # Orbax drops the reads of the other arrays when one fails.
@@ -225,9 +409,6 @@ def test_what_was_never_finished_is_not_used_and_in_nobodys_way(
 def test_an_old_one_goes_when_the_new_one_is_signed_and_not_before(tmp_path, monkeypatch):
     states = [make_state("adamw", step, step=step) for step in (4, 6)]
     saved(tmp_path, states[0], keep=1)
-
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_hashes", no_space)
