@@ -51,7 +51,7 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
                 source="en",
                 target="de",
                 splits=dict(train="train", validation="val", test="test_2016_flickr"),
-                dir="data/multi30k",
+                dir="",
                 tfds_dir="",
                 source_length=96,
                 target_length=96,

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,34 +58,75 @@ def parallel_text_config(
       splits: split -> stem of its files.
 
     Raises:
-      ValueError: a file is missing, is there twice, is empty, or cannot be read; or both sides have
-        one suffix.
+      ValueError: files are missing, are there twice, are empty, or cannot be read, all of which are
+        named; or both sides have one suffix.
     """
     if source == target:
         raise ValueError(f"source and target are both {target!r}: name two different suffixes")
     sides = [side for side in (source, target) if side]
-    files = {
-        split: {side: _find(Path(path), f"{stem}.{side}") for side in sides}
+    wanted = {
+        split: {side: Path(path) / f"{stem}.{side}" for side in sides}
         for split, stem in splits.items()
     }
-    hashes = {
-        f"{splits[split]}.{side}": _sha256(file)
-        for split, of_side in files.items()
-        for side, file in of_side.items()
+    files = {
+        split: {side: _found(file) for side, file in of_side.items()}
+        for split, of_side in wanted.items()
     }
+    _refuse(Path(path), wanted, files)
+    hashes: dict[str, str] = {}
+    unreadable = []
+    for split, of_side in files.items():
+        for side, file in of_side.items():
+            try:
+                hashes[f"{splits[split]}.{side}"] = _sha256(file)
+            except ValueError as error:
+                unreadable.append(str(error))
+    if unreadable:
+        raise ValueError("\n".join(unreadable))
     everything = json.dumps([sides, dict(splits), hashes], sort_keys=True)
     digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
-    return ParallelTextConfig(name="-".join([*sides, digest]), files=files, hashes=hashes)
+    # A suffix can hold what TFDS takes for a pattern; the digest tells such suffixes apart.
+    name = re.sub(r"[^\w.-]", "_", "-".join([*sides, digest]))
+    return ParallelTextConfig(name=name, files=files, hashes=hashes)
 
 
-def _find(directory: Path, name: str) -> Path:
-    plain, zipped = directory / name, directory / f"{name}.gz"
-    found = [file for file in (plain, zipped) if file.is_file()]
-    if len(found) == 2:
-        raise ValueError(f"{plain} and {zipped} are both there: remove one of them")
-    if not found:
-        raise ValueError(f"found neither {plain} nor {zipped}: check path, splits and suffixes")
-    return found[0]
+def _found(plain: Path) -> Path:
+    """The file, or its gzipped form if only that is there."""
+    zipped = plain.with_name(f"{plain.name}.gz")
+    return zipped if zipped.is_file() and not plain.is_file() else plain
+
+
+def _refuse(
+    directory: Path, wanted: dict[str, dict[str, Path]], files: dict[str, dict[str, Path]]
+) -> None:
+    """Names, at once, all files that are missing and all that are there twice."""
+    plain = [file for of_side in wanted.values() for file in of_side.values()]
+    found = [file for of_side in files.values() for file in of_side.values()]
+    twice = [f for f in plain if f in found and f.is_file() and Path(f"{f}.gz").is_file()]
+    if twice:
+        raise ValueError(
+            "\n".join(f"{file.absolute()} and {file.name}.gz are both there" for file in twice)
+            + "\nremove one of each two"
+        )
+    missing = [str(file.absolute()) for file in found if not file.is_file()]
+    if not missing:
+        return
+    if directory.is_dir():
+        names = sorted(file.name for file in directory.iterdir())
+        more = f", ... ({len(names)} in all)" if names[12:] else ""
+        there = f"the directory holds {', '.join(names[:12]) + more or 'nothing'}"
+    else:
+        there = (
+            "there is no such directory (to go on with data that was prepared elsewhere, name it "
+            "by --config.data.dir)"
+        )
+    raise ValueError(
+        "\n  ".join(
+            ["files of your text are missing, plain and with .gz behind their names:", *missing]
+        )
+        + f"\n{there}: check --config.data.path, .splits (the names up to the suffix), .source and "
+        ".target (the suffixes; source is empty for a language model)"
+    )
 
 
 def _sha256(file: Path) -> str:
@@ -100,8 +142,11 @@ def _sha256(file: Path) -> str:
 class ParallelText(tfds.core.GeneratorBasedBuilder):
     """Text files whose lines belong together, or of one language alone."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "First release.",
+        "1.1.0": "A byte order mark in front of a file is no text.",
+    }
 
     builder_config: ParallelTextConfig
 

@@ -2,24 +2,11 @@
 
     python -m mqa_jax.data.prepare --config=configs/multi30k.py [--config.data.dir=DIR ...]
 
-It reads `config.data` only:
-
-    builder        "number_phrases", "parallel_text" (your own files), or a TFDS dataset such as
-                   "wmt14_translate/de-en" or "lm1b"; to build the latter takes the extra [prepare]
-    path           the directory of your own files; "" with any other builder
-    source, target sides: suffixes of your files, or features of the dataset; source "" makes a
-                   language model's data
-    splits         train, validation and perhaps test -> stem of your files, or TFDS split
-    dir            where to write; see `manifest.py` for what
-    tfds_dir       where TFDS keeps the raw data; "" for `<dir>/tfds`
-    source_length  tokens a row, EOS included; 0 for a language model
-    target_length  likewise
-    pack           several sentences a row, or one
-    on_invalid     blank lines and sentences longer than a row: "error", or "drop" and count them
-    vocab_size     of the tokenizer, both languages jointly
+It reads `config.data` only; `mqa_jax.data.request` has its fields.
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -31,44 +18,73 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from mqa_jax.core.lock import locked
 from mqa_jax.data.manifest import (
     MANIFEST,
     RECORD,
     TOKENIZER,
+    FileStats,
     Manifest,
     SplitStats,
     records_path,
     text_path,
 )
 from mqa_jax.data.packing import Pair, pack, to_tokens
-from mqa_jax.data.raw import Example, RawText, own_files, wanted_splits
+from mqa_jax.data.raw import Example, RawText, own_files
+from mqa_jax.data.request import check, check_same, directory_of, place, requested
 from mqa_jax.data.tokenizer import Tokenizer
 
-# Raised when the same fields come to give other files.
-FORMAT = 2
+INCOMPLETE = ".incomplete-"
 
 
 def prepare(data: ConfigDict) -> Path:
-    """Makes the directory `data.dir`, or finds that it already is what is asked for.
+    """Makes the directory of the data, or finds that it already is what is asked for.
 
     Args:
-      data: the fields above.
+      data: `config.data`, see `mqa_jax.data.request`.
 
     Returns:
       the directory.
 
     Raises:
-      ValueError: the directory holds something else, a field makes no sense, the raw text cannot be
-        had, or an example is invalid and `on_invalid` is "error".
+      ValueError: the directory holds something else, or is not as it was prepared; fields make no
+        sense; the raw text cannot be had; or an example is invalid and `on_invalid` is "error".
     """
-    directory = Path(data.dir)
-    if (directory / MANIFEST).exists():
-        _check_same(directory, data)
-        return directory
-    request = _request(data)
-    raw = RawText(data)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=directory) as name:
+    check(data)
+    files = None
+    if data.path and data.dir and not place(data, "path").exists():
+        # Prepared on another machine and copied here: no text, no hashes to compare.
+        directory = directory_of(data, {})
+        if (directory / MANIFEST).exists():
+            manifest = Manifest.read(directory)
+            print(f"{data.path} is not here: {directory} is taken to be made of it")
+            return _found(directory, manifest, requested(data, manifest.request["files"]))
+    if data.path:
+        files = own_files(data)
+    request = requested(data, files.hashes if files else {})
+    directory = directory_of(data, request)
+    if not (directory / MANIFEST).exists():
+        with locked(directory, "preparing data", wait=True):
+            # Whoever held it may have made it.
+            if not (directory / MANIFEST).exists():
+                manifest = _make(directory, data, request, RawText(data, files))
+                print(_report(directory, manifest))
+                return directory
+    return _found(directory, Manifest.read(directory), request)
+
+
+def _found(directory: Path, manifest: Manifest, request: dict[str, Any]) -> Path:
+    """The directory, if it is what is asked for, and as it was prepared."""
+    check_same(directory, manifest, request)
+    manifest.check_files(directory)
+    return directory
+
+
+def _make(directory: Path, data: ConfigDict, request: dict[str, Any], raw: RawText) -> Manifest:
+    # What a killed process has left; it holds no lock.
+    for left in directory.glob(f"{INCOMPLETE}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=directory) as name:
         incomplete = Path(name)
         train = (
             text
@@ -76,75 +92,17 @@ def prepare(data: ConfigDict) -> Path:
             for text in example.texts.values()
         )
         tokenizer = Tokenizer.train(train, incomplete / TOKENIZER, data.vocab_size)
-        manifest = Manifest(
-            request=request | {"files": raw.hashes},
-            tokenizer_sha256=tokenizer.sha256,
-            splits={
-                split: _write_split(raw, tokenizer, data, split, incomplete)
-                for split in request["splits"]
-            },
-        )
+        splits = {
+            split: _write_split(raw, tokenizer, data, split, incomplete)
+            for split in request["splits"]
+        }
+        written = {file.name: FileStats.of(file) for file in sorted(incomplete.iterdir())}
+        manifest = Manifest(request=request, splits=splits, files=written)
         manifest.write(incomplete)
         # The manifest comes last: whatever interrupts this, a directory with one is whole.
         for file in sorted(incomplete.iterdir(), key=lambda file: file.name == MANIFEST):
             file.replace(directory / file.name)
-    print(_report(directory, manifest))
-    return directory
-
-
-def _request(data: ConfigDict) -> dict[str, Any]:
-    """The fields that decide the contents, in the form that the manifest holds them in."""
-    if data.on_invalid not in ("error", "drop"):
-        raise ValueError(f'on_invalid {data.on_invalid!r} is neither "error" nor "drop"')
-    if bool(data.source) != bool(data.source_length) or data.source_length < 0:
-        raise ValueError(
-            f"source {data.source!r} with source_length {data.source_length}: a translation has a "
-            "name and a positive length, a language model an empty name and 0"
-        )
-    if not data.target or data.target_length < 1:
-        raise ValueError(
-            f"target {data.target!r} with target_length {data.target_length}: give a name and a "
-            "positive length"
-        )
-    if bool(data.path) != (data.builder == "parallel_text"):
-        raise ValueError(
-            f"path {data.path!r} with builder {data.builder!r}: parallel_text, and no other, reads "
-            "the files of a path"
-        )
-    fields = ("builder", "source", "target", "source_length", "target_length")
-    fields += ("pack", "on_invalid", "vocab_size")
-    request = {field: data[field] for field in fields}
-    return {"format": FORMAT} | request | {"splits": wanted_splits(data)}
-
-
-def _check_same(directory: Path, data: ConfigDict) -> None:
-    was, asked = Manifest.read(directory).request, _request(data)
-    if data.path and not Path(data.path).exists():
-        # Prepared on another machine and copied here: no text, no hashes to compare.
-        print(f"{data.path} is not here: {directory} is taken to be made of it")
-        asked["files"] = was["files"]
-    else:
-        asked["files"] = own_files(data).hashes if data.path else {}
-    was, asked = _flat(was), _flat(asked)
-    differences = [
-        f"  {field}: was {was.get(field)!r}, asked {asked.get(field)!r}"
-        for field in sorted(was.keys() | asked.keys())
-        if was.get(field) != asked.get(field)
-    ]
-    if differences:
-        raise ValueError(
-            "\n".join([f"{directory} holds data made otherwise:", *differences])
-            + f"\nname another --config.data.dir, or delete {directory / MANIFEST} to make it anew"
-        )
-
-
-def _flat(request: dict[str, Any]) -> dict[str, Any]:
-    """Its dicts' entries as fields of their own, such as `splits.train`."""
-    flat = {}
-    for field, value in request.items():
-        entries = value.items() if isinstance(value, dict) else [("", value)]
-        flat |= {f"{field}.{name}".rstrip("."): entry for name, entry in entries}
-    return flat
+    return manifest
 
 
 def _drop(

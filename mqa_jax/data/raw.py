@@ -1,6 +1,7 @@
 """Raw text: the splits of any TFDS dataset, as examples that know where they come from."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from mqa_jax.core.lock import locked
 from mqa_jax.data.number_phrases import NumberPhrases
 from mqa_jax.data.parallel_text import LINE, ParallelText, ParallelTextConfig, parallel_text_config
-
-SPLITS = ("train", "validation", "test")
+from mqa_jax.data.request import DEFAULT_ROOT, place, wanted_splits
 
 # One by one, examples take ten times as long to read.
 READ_AT_ONCE = 1024
@@ -31,45 +32,55 @@ class Example(NamedTuple):
 
 
 class RawText:
-    """The text that a config asks for, built by TFDS first if it is not there yet.
+    """The text that a config asks for, built by TFDS first if it is not there yet."""
 
-    Attributes:
-      hashes: name -> sha256 of the user's own files; empty for any other dataset.
-    """
-
-    def __init__(self, data: ConfigDict):
+    def __init__(self, data: ConfigDict, files: ParallelTextConfig | None):
         """Args:
-          data: `config.data`; see `mqa_jax.data.prepare`.
+          data: `config.data`; see `mqa_jax.data.request`.
+          files: the user's own, as `own_files` finds them; None with any other builder.
 
         Raises:
           ValueError: there is no such dataset or side, or it cannot be built.
         """
         self._sides = [side for side in (data.source, data.target) if side]
-        self._builder = _builder(data)
-        self._names = wanted_splits(data)
-        self.hashes: dict[str, str] = {}
-        if isinstance(self._builder, ParallelText):
+        self._builder = _builder(data, files)
+        self._names = wanted_splits(data.splits)
+        if files:
             self._names = {split: split for split in self._names}
-            self.hashes = self._builder.builder_config.hashes
-        if not self._builder.is_prepared():
-            _build(self._builder)
-        if missing := set(self._sides) - set(self._builder.info.features):
+        _build(self._builder)
+        features = self._builder.info.features.items()
+        texts = [name for name, feature in features if isinstance(feature, tfds.features.Text)]
+        if missing := set(self._sides) - set(texts):
             raise ValueError(
-                f"{data.builder} has no {sorted(missing)}, only "
-                f"{sorted(self._builder.info.features)}: set --config.data.source and "
-                "--config.data.target to two of these"
+                f"{data.builder} has no texts {sorted(missing)}, only {sorted(texts)}: set "
+                "--config.data.source and --config.data.target to two of these"
             )
+        # TFDS finds out what a name means, such as "train[:10%]", and which there are.
+        for split in self._names:
+            self.count(split)
 
     def count(self, split: str) -> int:
         """How many examples "train", "validation" or "test" has."""
         return len(self._builder.as_data_source(self._names[split]))
 
     def examples(self, split: str) -> Iterator[Example]:
-        """The examples of a split in their order."""
+        """The examples of a split in their order.
+
+        Raises:
+          ValueError: what TFDS has built cannot be read.
+        """
         source = self._builder.as_data_source(self._names[split])
         for start in range(0, len(source), READ_AT_ONCE):
             block = range(start, min(start + READ_AT_ONCE, len(source)))
-            for index, features in zip(block, source.__getitems__(block), strict=True):
+            try:
+                examples = source.__getitems__(block)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"a record of {self._names[split]}[{block.start}:{block.stop}] in "
+                    f"{self._builder.data_dir} is damaged ({error}): delete that directory, and "
+                    "what it was built of is read again"
+                ) from error
+            for index, features in zip(block, examples, strict=True):
                 texts = {side: features[side].decode("utf-8") for side in self._sides}
                 yield Example(int(features.get(LINE, index)), texts)
 
@@ -80,11 +91,14 @@ class RawText:
         return f"{self._builder.info.full_name}, {self._names[split]}[{example.number}], {side!r}"
 
 
-def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
-    options = {"data_dir": data.tfds_dir or str(Path(data.dir) / "tfds")}
-    options["file_format"] = "array_record"
-    if data.builder == ParallelText.name:
-        return ParallelText(config=own_files(data), **options)
+def _builder(data: ConfigDict, files: ParallelTextConfig | None) -> tfds.core.DatasetBuilder:
+    if data.tfds_dir:
+        directory = place(data, "tfds_dir")
+    else:
+        directory = (place(data, "dir") if data.dir else DEFAULT_ROOT) / "tfds"
+    options = {"data_dir": str(directory), "file_format": "array_record"}
+    if files:
+        return ParallelText(config=files, **options)
     if data.builder == NumberPhrases.name:
         return NumberPhrases(**options)
     # TFDS looks for its datasets by importing them all, and quietly ends at the first of them that
@@ -95,6 +109,8 @@ def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
 
 
 def _build(builder: tfds.core.DatasetBuilder) -> None:
+    if builder.is_prepared():
+        return
     # Else this would show only when the download, of gigabytes, has ended.
     needs_tensorflow = not isinstance(builder, ParallelText | NumberPhrases)
     if needs_tensorflow and importlib.util.find_spec("tensorflow") is None:
@@ -104,24 +120,17 @@ def _build(builder: tfds.core.DatasetBuilder) -> None:
         )
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    # Other data may be prepared of the same raw text at once.
+    parent = Path(builder.data_dir).parent
+    with locked(parent, f"building {builder.info.full_name}", wait=True):
+        # What a killed process has left; under the lock nobody else is building there.
+        for left in parent.glob("incomplete.*"):
+            shutil.rmtree(left)
+        if not builder.is_prepared():
+            builder.download_and_prepare()
 
 
 def own_files(data: ConfigDict) -> ParallelTextConfig:
     """The user's own files that a config asks for; raises as `parallel_text_config` does."""
-    return parallel_text_config(data.path, data.source, data.target, wanted_splits(data))
-
-
-def wanted_splits(data: ConfigDict) -> dict[str, str]:
-    """Our name of a split -> the name of it in the raw data; an empty one is not wanted.
-
-    Raises:
-      ValueError: there is no train or no validation split, or an unknown one.
-    """
-    splits = {name: data.splits[name] for name in SPLITS if data.splits.get(name)}
-    if not {"train", "validation"} <= splits.keys() or set(data.splits) - set(SPLITS):
-        raise ValueError(
-            f"splits {data.splits.to_dict()}: --config.data.splits.train and .validation have to "
-            "be named, .test may be, and there are no others"
-        )
-    return splits
+    splits = wanted_splits(data.splits)
+    return parallel_text_config(place(data, "path"), data.source, data.target, splits)

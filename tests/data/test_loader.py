@@ -1,12 +1,14 @@
+import dataclasses
 from itertools import islice
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mqa_jax.data.loader import eval_batches, train_batches
-from mqa_jax.data.manifest import Manifest
+from mqa_jax.data.manifest import FileStats, Manifest
 from mqa_jax.data.prepare import prepare
 from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import Tokenizer
@@ -146,19 +148,29 @@ def test_a_process_whose_share_is_all_padding_gets_padding(directory):
     "options, message",
     [
         (dict(batch_size=1000), r"batch_size 1000 is more than the \d+ rows"),
-        (dict(batch_size=0), "batch_size 0 cannot be shared out among 1"),
+        (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+        (dict(batch_size=True), "batch_size must be an integer, not True"),
+        (dict(batch_size=6.0), "batch_size must be an integer, not 6.0"),
+        (dict(batch_size=6, seed=-1), "seed must be at least 0, not -1"),
+        (dict(batch_size=6, seed=0.5), "seed must be an integer, not 0.5"),
+        (dict(batch_size=6, process_count=0), "process_count must be at least 1, not 0"),
+        (dict(batch_size=6, process_index=-1), "process_index must be from 0 to 0, not -1"),
         (dict(batch_size=6, process_count=4), "batch_size 6 cannot be shared out among 4"),
-        (dict(batch_size=6, process_count=2, process_index=2), "process_index 2 is not one of 2"),
-        (dict(batch_size=6, start=-1), "start -1 is negative"),
+        (
+            dict(batch_size=6, process_count=2, process_index=2),
+            "process_index must be from 0 to 1, not 2",
+        ),
+        (dict(batch_size=6, start=-1), "start must be at least 0, not -1"),
+        (dict(batch_size=6, start=1.5), "start must be an integer, not 1.5"),
     ],
 )
 def test_senseless_arguments_are_refused_at_once(directory, options, message):
     with pytest.raises(ValueError, match=message):
-        train_batches(directory, seed=0, **options)
+        train_batches(directory, **dict(seed=0) | options)
 
 
 def test_eval_arguments_are_checked_too(directory):
-    with pytest.raises(ValueError, match="batch_size 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         eval_batches(directory, "validation", batch_size=0)
     with pytest.raises(ValueError, match="no split 'dev', only .*'test', 'train', 'validation'"):
         eval_batches(directory, "dev", batch_size=1)
@@ -166,8 +178,66 @@ def test_eval_arguments_are_checked_too(directory):
 
 def test_a_directory_that_is_not_whole_is_refused(directory):
     (directory / "validation.array_record").replace(directory / "train.array_record")
-    with pytest.raises(ValueError, match=r"train.array_record has \d+ records, the manifest says"):
+    with pytest.raises(ValueError, match="array_record has 4 records, and the manifest says 54"):
+        train_batches(directory, batch_size=1, seed=0)
+    (directory / "train.array_record").unlink()
+    with pytest.raises(ValueError, match="train.array_record is missing"):
         train_batches(directory, batch_size=1, seed=0)
     (directory / "manifest.json").unlink()
     with pytest.raises(ValueError, match="python -m mqa_jax.data.prepare"):
         train_batches(directory, batch_size=1, seed=0)
+
+
+def row_at(directory, number):
+    """Where in the file of the training rows the bytes of one begin."""
+    rows = joined(list(eval_batches(directory, "train", batch_size=1)))
+    row = np.concatenate([rows["source_tokens"][number], rows["target_tokens"][number]])
+    return (directory / "train.array_record").read_bytes().index(row.astype("<i4").tobytes())
+
+
+def test_a_damaged_record_is_named_with_its_file(directory):
+    place = row_at(directory, 5)
+    with (directory / "train.array_record").open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff")
+    batches = eval_batches(directory, "train", batch_size=3)
+    next(batches)
+    message = r"/.*/train\.array_record has a damaged record, 5 \(.*hash mismatch.*prepare the data"
+    with pytest.raises(ValueError, match=message):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    "row, reason", [([-1] * 78, "0 to 292"), ([293] * 78, "0 to 292"), ([5] * 77, "cannot reshape")]
+)
+def test_records_of_something_else_are_named(directory, row, reason):
+    """Ids beyond the vocabulary would be embedded as padding, or as NaN."""
+    path, rows = directory / "train.array_record", Manifest.read(directory).split("train").rows
+    contents = np.zeros((rows, 78), "<i4")
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for i in range(rows):
+        writer.write(np.array(row if i == 7 else contents[i], "<i4").tobytes())
+    writer.close()
+    manifest = Manifest.read(directory)
+    files = manifest.files | {path.name: FileStats.of(path)}
+    dataclasses.replace(manifest, files=files).write(directory)
+    with pytest.raises(ValueError, match=rf"train.array_record has a damaged record, 7 .*{reason}"):
+        list(eval_batches(directory, "train", batch_size=4))
+
+
+def test_other_data_than_a_run_began_with_is_refused(config, directory):
+    began_with = Manifest.read(directory)
+    options = dict(batch_size=4, manifest=began_with)
+    batches = train_batches(directory, seed=0, **options)
+    expected = take(40, directory, batch_size=4, seed=0)
+    # As a second run would do, with other fields and its manifest out of the way.
+    (directory / "manifest.json").unlink()
+    config.vocab_size = 290
+    prepare(config)
+    assert_same(list(islice(batches, 40)), expected)
+    for again in (
+        lambda: train_batches(directory, seed=0, **options),
+        lambda: eval_batches(directory, "validation", **options),
+    ):
+        with pytest.raises(ValueError, match="holds other data than this run began with"):
+            again()

@@ -114,7 +114,7 @@ def test_suffixes_may_have_dots(tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-        (dict(train__en="a\n"), r"found neither .*train\.de nor .*train\.de\.gz"),
+        (dict(train__en="a\n"), r"names:\n  /.*train\.de\nthe directory holds train\.en: "),
         (dict(train__en="a\n", train__de="A\n", train__de__gz=gzip.compress(b"A\n")),
          r"train\.de and .*train\.de\.gz are both there"),
         (dict(train__en="a\n", train__de=""), r"train\.de is empty"),
