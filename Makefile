@@ -1,17 +1,26 @@
-# The virtual environment is made when it is missing, and again when what it installs has changed.
-PYTHON ?= python3
+# The virtual environment is made when it is missing, and what it installs again when that has
+# changed. It is of the newest Python that runs here, pyenv's too (python3.13 may be on the path and
+# only say that it is not installed); PYTHON= names another, for which it is made anew.
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
-INSTALLED := $(VENV)/installed-$(EXTRAS)
+INSTALLED := $(VENV)/installed-$(EXTRAS)$(if $(PYTHON),-$(notdir $(PYTHON)))
 WORKDIR ?= runs/quickstart
+
+VERSION := -c 'import ensurepip, sys; print("%d.%d" % sys.version_info[:2])'
+NEWEST = $(shell for version in 3.13 3.12 3.11; do \
+  for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
+    test "$$("$$python" $(VERSION) 2>&1)" = $$version && echo "$$python" && exit; \
+  done; done)
+CHOSEN = $(or $(PYTHON),$(NEWEST),$(error No Python 3.11, 3.12 or 3.13 runs here: name another, PYTHON=/path/to/python))
 
 .PHONY: install quickstart figures test test-slow lint clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(INSTALLED): setup.cfg setup.py pyproject.toml
+	@test -x $(BIN)/python $(if $(PYTHON),&& test "$$($(BIN)/python $(VERSION))" = "$$($(PYTHON) $(VERSION))") || \
+	  { python="$(CHOSEN)"; echo "$(VENV): $$("$$python" --version), $$python"; "$$python" -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $@
 
