@@ -1,10 +1,11 @@
 """The figures of the validation split."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -16,7 +17,12 @@ from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.search import greedy
 from mqa_jax.train.metrics import bleu, exact_match
 from mqa_jax.train.processes import put_batch, row_share
-from mqa_jax.train.step import make_eval_step, mean_metrics
+from mqa_jax.train.step import Metrics, make_eval_step, mean_metrics
+
+
+def add_up(sums: Sequence[Metrics]) -> dict[str, np.float64]:
+    """Sums of batches, on the host, to those of all: in float64, as a split has many tokens."""
+    return {name: np.sum([one[name] for one in sums], dtype=np.float64) for name in sums[0]}
 
 
 def make_evaluate(
@@ -46,7 +52,7 @@ def make_evaluate(
     replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def evaluate(params: nnx.State, print_line) -> dict[str, float]:
-        sums = None
+        sums = []
         for batch in loader.eval_batches(
             data,
             "validation",
@@ -54,9 +60,8 @@ def make_evaluate(
             process_index=index,
             process_count=count,
         ):
-            batch_sums = eval_step(params, put_batch(mesh, batch))
-            sums = batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
-        figures = dict(jax.device_get(mean_metrics(sums)))
+            sums.append(eval_step(params, put_batch(mesh, batch)))
+        figures = mean_metrics(add_up(jax.device_get(sums)))
         if sources and jax.process_count() > 1:
             params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
         if sources and jax.process_index() == 0:

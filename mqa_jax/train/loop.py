@@ -166,11 +166,11 @@ class Meter:
     def read(self) -> dict[str, float]:
         """The means are of the steps that were not skipped, and not there when all were."""
         figures = {"skipped": sum(metrics["skipped"] for metrics in self._seen)}
-        tokens = sum(metrics["tokens"] for metrics in self._seen)
+        tokens = sum(int(metrics["tokens"]) for metrics in self._seen)
         done = [metrics for metrics in self._seen if not metrics["skipped"]]
         for name in done[0] if done else ():
             if name not in ("tokens", "skipped"):
-                figures[name] = np.mean([metrics[name] for metrics in done])
+                figures[name] = np.mean([metrics[name] for metrics in done], dtype=np.float64)
         seconds = time.perf_counter() - self._started
         figures["tokens_per_second"] = tokens / seconds
         figures["tflop_per_second"] = self._tflop * len(self._seen) / seconds

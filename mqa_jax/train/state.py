@@ -10,7 +10,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.sharding import ShardingRules, on_mesh
+
+# JAX's keys, and Grain's shuffles, are made from 32 bits: of a larger one they would drop some.
+MAX_SEED = 2**32 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -76,13 +80,17 @@ def init_state(
 
     Args:
       build: makes the model from `rngs=`.
-      seed: of the weights.
+      seed: of the weights, from 0 to `MAX_SEED`.
       rules: `ShardingRules()` when None.
 
     Returns:
       the model with shapes in place of weights, which the functions below take their structure
       from, and the state.
+
+    Raises:
+      ValueError: a seed out of range, or a mesh that does not divide the model's sizes.
     """
+    check_integer("seed", seed, least=0, most=MAX_SEED)
     model, abstract = abstract_state(build, optimizer, mesh, rules)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     with on_mesh(mesh, rules or ShardingRules()):

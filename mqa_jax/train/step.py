@@ -4,22 +4,24 @@ Array letters: B batch   S source length   T target length   V vocabulary
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID
 from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
-from mqa_jax.train.state import TrainState
+from mqa_jax.train.optimizer import at_step
+from mqa_jax.train.state import MAX_SEED, TrainState
 
 Batch = Mapping[str, Array]
-
-
 Metrics = dict[str, Array]
 
 
@@ -29,7 +31,7 @@ def cross_entropy(
     """Cross-entropy in nats, without a one-hot array of the vocabulary's size.
 
     Args:
-      logits_BTV: float32.
+      logits_BTV: taken in float32 at least.
       targets_BT: the ids that should come out.
       label_smoothing: the share of the target distribution that is spread over all of `V`.
       z_loss: weight of `logsumexp(logits) ** 2`, which keeps the logits from drifting.
@@ -37,6 +39,8 @@ def cross_entropy(
     Returns:
       the loss to train on and the plain negative log-likelihood, both `[B, T]`.
     """
+    # A mean over V, and a sum of exponentials, are not for bfloat16.
+    logits_BTV = logits_BTV.astype(_wide(logits_BTV))
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll_BT = log_z_BT - target_BT
@@ -116,7 +120,7 @@ def make_train_step(
       label_smoothing: see `cross_entropy`.
       z_loss: see `cross_entropy`.
       accumulate: gradients of so many parts of a batch are summed one after the other before the
-        update, which saves memory; it must divide the rows of a batch.
+        update, in float32, which saves memory; it must divide the rows of a batch.
       rules: those of the state; `ShardingRules()` when None.
 
     Returns:
@@ -125,11 +129,13 @@ def make_train_step(
       (target tokens) and `skipped` (1 for an update that was skipped, else 0).
 
     Raises:
-      ValueError: `accumulate` below 1, or (of the function returned) a batch that it does not
-        divide.
+      ValueError: a number out of its range, or (of the function returned) a batch that
+        `accumulate` does not divide.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
+    check_integer("seed", seed, least=0, most=MAX_SEED)
+    check_integer("accumulate", accumulate)
+    check_number("label_smoothing", label_smoothing, least=0, below=1)
+    check_number("z_loss", z_loss, least=0)
     graphdef = nnx.graphdef(model)
 
     def loss_fn(params: nnx.State, batch: Batch, key: Array):
@@ -157,24 +163,36 @@ def make_train_step(
             return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
 
         def add(total, part_and_key):
-            return jax.tree.map(jnp.add, total, gradient(params, *part_and_key)), None
+            gradients = gradient(params, *part_and_key)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), None
 
         parts = jax.tree.map(part, dict(batch)), jax.random.split(key, accumulate)
         first = jax.tree.map(lambda x: x[0], parts)
+        # Not in the dtype of the weights: in bfloat16 a sum of 256 parts no longer grows.
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first)
+            lambda x: jnp.zeros(x.shape, _wide(x)), jax.eval_shape(gradient, params, *first)
         )
         return jax.lax.scan(add, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradients, sums = gradients_and_sums(state.params, batch, key)
-        tokens = jnp.maximum(sums["tokens"], 1)
-        gradients = jax.tree.map(lambda x: (x / tokens).astype(x.dtype), gradients)
-        gradient_norm = optax.tree.norm(gradients)
+        tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
+        # In the dtype of the weights, as any optimizer expects them.
+        gradients = jax.tree.map(
+            lambda x, weight: (x.astype(_wide(x)) / tokens).astype(weight.dtype),
+            gradients,
+            state.params,
+        )
+        gradient_norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(_wide(x)), gradients))
         is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        opt_state = at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(gradients, opt_state, state.params)
+        params = jax.tree.map(
+            lambda x, change: (x.astype(_wide(x)) + change.astype(_wide(x))).astype(x.dtype),
+            state.params,
+            updates,
+        )
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old),
             (params, opt_state),
@@ -213,22 +231,35 @@ def make_eval_step(
 def _sums(loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch) -> Metrics:
     """Sums over the tokens that are no padding; unlike means, they add up over batches."""
     targets_BT = batch["target_tokens"]
-    is_token_BT = (targets_BT != PAD_ID).astype(jnp.float32)
-    is_right_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32)
+    is_token_BT = targets_BT != PAD_ID
+    is_right_BT = is_token_BT & (jnp.argmax(logits_BTV, axis=-1) == targets_BT)
+    # Counts as integers: float32 knows no odd number above 2 ** 24.
     return {
-        "loss": jnp.sum(loss_BT * is_token_BT),
-        "nll": jnp.sum(nll_BT * is_token_BT),
-        "right": jnp.sum(is_right_BT * is_token_BT),
-        "tokens": jnp.sum(is_token_BT),
+        "loss": jnp.sum(loss_BT, where=is_token_BT),
+        "nll": jnp.sum(nll_BT, where=is_token_BT),
+        "right": jnp.sum(is_right_BT, dtype=jnp.int32),
+        "tokens": jnp.sum(is_token_BT, dtype=jnp.int32),
     }
 
 
-def mean_metrics(sums: Metrics) -> Metrics:
-    """Sums over tokens to `loss`, `ln_perplexity`, `accuracy` and `tokens`."""
-    tokens = jnp.maximum(sums["tokens"], 1)
+def mean_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Sums over tokens to `loss`, `ln_perplexity`, `accuracy` and `tokens`.
+
+    Args:
+      sums: of a step; or numbers on the host, whose means are then taken in float64.
+    """
+    is_on_device = isinstance(sums["tokens"], Array)
+    means = {name: jnp.float32(x) if is_on_device else np.float64(x) for name, x in sums.items()}
+    tokens = means["tokens"].clip(1)
     return {
-        "loss": sums["loss"] / tokens,
-        "ln_perplexity": sums["nll"] / tokens,
-        "accuracy": sums["right"] / tokens,
+        "loss": means["loss"] / tokens,
+        "ln_perplexity": means["nll"] / tokens,
+        "accuracy": means["right"] / tokens,
         "tokens": sums["tokens"],
     }
+
+
+def _wide(x: Any) -> Any:
+    """The dtype that sums of `x` are taken in: float32, or its own if that is wider or counts."""
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.promote_types(x.dtype, jnp.float32) if is_float else x.dtype
