@@ -21,8 +21,9 @@ softmax weights not shared with the embedding; no dropout, no label smoothing. A
     grouped_query_4      8     4  128     -    8704            (not in the paper)
 """
 
-from ml_collections import ConfigDict, FieldReference
-from ml_collections.config_dict import placeholder
+from ml_collections import ConfigDict
+
+from mqa_jax.core.config import base_config, choose
 
 VARIANTS = {
     "multi_head": dict(num_heads=8, num_kv_heads=8, head_dim=128, d_ff=8192),
@@ -39,61 +40,12 @@ VARIANTS = {
 
 
 def get_config(variant: str = "multi_query") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {sorted(VARIANTS)}")
-    vocab_size = FieldReference(32_000)
-    length = FieldReference(256)
-    return ConfigDict(
-        dict(
-            task="language_model",
-            model=dict(
-                vocab_size=vocab_size,
-                d_model=1024,
-                num_layers=6,
-                max_length=length,
-                window=placeholder(int),
-                dropout_rate=0.0,
-                attention_dropout_rate=0.0,
-                relu_dropout_rate=0.0,
-                remat=False,
-                dtype="bfloat16",
-                param_dtype="float32",
-            )
-            | VARIANTS[variant],
-            data=dict(
-                builder="lm1b",
-                path="",
-                source="",
-                target="text",
-                splits=dict(train="train", validation="test", test=""),
-                dir="data/lm1b",
-                tfds_dir="",
-                source_length=0,
-                target_length=length,
-                pack=True,
-                on_invalid="drop",
-                vocab_size=vocab_size,
-            ),
-            train=dict(
-                steps=136_000,
-                batch_size=256,
-                accumulate=1,
-                optimizer="adafactor",
-                learning_rate=1.0,
-                hold_steps=10_000,
-                warmup_steps=0,
-                decay_steps=13_600,
-                weight_decay=0.0,
-                label_smoothing=0.0,
-                z_loss=1e-4,
-                seed=0,
-                log_every=100,
-                evaluate_every=5_000,
-                checkpoint_every=2_500,
-                keep_checkpoints=3,
-                max_skipped_steps=10,
-            ),
-            evaluate=dict(lines=0, batch_size=64),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
-        )
-    )
+    config = base_config(choose(variant, VARIANTS))
+    config.task = "language_model"
+    config.model.vocab_size = 32_000
+    config.data.update(builder="lm1b", dir="data/lm1b", on_invalid="drop")
+    config.data.update(source="", target="text", source_length=0)
+    config.data.target_length = config.model.get_ref("max_length")
+    config.data.splits.update(validation="test", test="")
+    config.train.update(steps=136_000, batch_size=256, decay_steps=13_600, z_loss=1e-4)
+    return config

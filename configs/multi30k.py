@@ -12,8 +12,9 @@ every variant), for a GPU or a TPU: docs/results.md has its BLEU. For two cores 
     --config.train.decay_steps=600
 """
 
-from ml_collections import ConfigDict, FieldReference
-from ml_collections.config_dict import placeholder
+from ml_collections import ConfigDict
+
+from mqa_jax.core.config import base_config, choose
 
 VARIANTS = {
     "multi_head": dict(num_heads=4, num_kv_heads=4, head_dim=64, d_ff=1024),
@@ -25,60 +26,25 @@ VARIANTS = {
 
 
 def get_config(variant: str = "multi_query") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {sorted(VARIANTS)}")
-    vocab_size = FieldReference(8_000)
-    return ConfigDict(
-        dict(
-            task="translation",
-            model=dict(
-                vocab_size=vocab_size,
-                d_model=256,
-                num_layers=4,
-                max_length=128,
-                window=placeholder(int),
-                dropout_rate=0.25,
-                attention_dropout_rate=0.0,
-                relu_dropout_rate=0.0,
-                remat=False,
-                dtype="bfloat16",
-                param_dtype="float32",
-            )
-            | VARIANTS[variant],
-            data=dict(
-                builder="parallel_text",
-                path="../multi30k",
-                source="en",
-                target="de",
-                splits=dict(train="train", validation="val", test="test_2016_flickr"),
-                dir="",
-                tfds_dir="",
-                source_length=96,
-                target_length=96,
-                pack=True,
-                on_invalid="error",
-                vocab_size=vocab_size,
-            ),
-            train=dict(
-                steps=4_000,
-                batch_size=48,
-                accumulate=1,
-                optimizer="adafactor",
-                learning_rate=2.0,
-                hold_steps=4_000,
-                warmup_steps=400,
-                decay_steps=3_000,
-                weight_decay=0.0,
-                label_smoothing=0.1,
-                z_loss=1e-4,
-                seed=0,
-                log_every=100,
-                evaluate_every=1_000,
-                checkpoint_every=500,
-                keep_checkpoints=2,
-                max_skipped_steps=10,
-            ),
-            evaluate=dict(lines=1_000, batch_size=64),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
-        )
+    config = base_config(choose(variant, VARIANTS))
+    config.model.update(
+        vocab_size=8_000, d_model=256, num_layers=4, max_length=128, dropout_rate=0.25
     )
+    config.data.path = "../multi30k"
+    config.data.update(source_length=96, target_length=96)
+    config.data.splits.update(validation="val", test="test_2016_flickr")
+    config.train.update(
+        steps=4_000,
+        batch_size=48,
+        learning_rate=2.0,
+        hold_steps=4_000,
+        warmup_steps=400,
+        decay_steps=3_000,
+        label_smoothing=0.1,
+        z_loss=1e-4,
+        evaluate_every=1_000,
+        checkpoint_every=500,
+        keep_checkpoints=2,
+    )
+    config.evaluate.lines = 1_000
+    return config

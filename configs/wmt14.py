@@ -21,8 +21,9 @@ feed-forward layers get.
     grouped_query_4      8     4  128     -    4864           (not in the paper)
 """
 
-from ml_collections import ConfigDict, FieldReference
-from ml_collections.config_dict import placeholder
+from ml_collections import ConfigDict
+
+from mqa_jax.core.config import base_config, choose
 
 VARIANTS = {
     "multi_head": dict(num_heads=8, num_kv_heads=8, head_dim=128, d_ff=4096),
@@ -39,61 +40,10 @@ VARIANTS = {
 
 
 def get_config(variant: str = "multi_query") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {sorted(VARIANTS)}")
-    vocab_size = FieldReference(33_792)
-    length = FieldReference(256)
-    return ConfigDict(
-        dict(
-            task="translation",
-            model=dict(
-                vocab_size=vocab_size,
-                d_model=1024,
-                num_layers=6,
-                max_length=length,
-                window=placeholder(int),
-                dropout_rate=0.2,
-                attention_dropout_rate=0.1,
-                relu_dropout_rate=0.1,
-                remat=False,
-                dtype="bfloat16",
-                param_dtype="float32",
-            )
-            | VARIANTS[variant],
-            data=dict(
-                builder="wmt14_translate/de-en",
-                path="",
-                source="en",
-                target="de",
-                splits=dict(train="train", validation="validation", test="test"),
-                dir="data/wmt14",
-                tfds_dir="",
-                source_length=length,
-                target_length=length,
-                pack=True,
-                on_invalid="drop",
-                vocab_size=vocab_size,
-            ),
-            train=dict(
-                steps=100_000,
-                batch_size=128,
-                accumulate=1,
-                optimizer="adafactor",
-                learning_rate=1.0,
-                hold_steps=10_000,
-                warmup_steps=0,
-                decay_steps=20_000,
-                weight_decay=0.0,
-                label_smoothing=0.1,
-                z_loss=1e-4,
-                seed=0,
-                log_every=100,
-                evaluate_every=5_000,
-                checkpoint_every=2_500,
-                keep_checkpoints=3,
-                max_skipped_steps=10,
-            ),
-            evaluate=dict(lines=3_000, batch_size=64),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
-        )
-    )
+    config = base_config(choose(variant, VARIANTS))
+    config.model.update(dropout_rate=0.2, attention_dropout_rate=0.1, relu_dropout_rate=0.1)
+    config.data.update(builder="wmt14_translate/de-en", dir="data/wmt14", on_invalid="drop")
+    config.data.source_length = config.data.target_length = config.model.get_ref("max_length")
+    config.train.update(label_smoothing=0.1, z_loss=1e-4)
+    config.evaluate.lines = 3_000
+    return config

@@ -1,16 +1,21 @@
 """The configs say what the paper says, and each variant changes what its name says."""
 
 import dataclasses
+import json
 import math
+import random
 import re
+from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
+from running import ROOT, losses, records, run_well
 
-from configs import lm1b, multi30k, quickstart, wmt14
+from configs import lm1b, multi30k, own_language_model, quickstart, wmt14
 from mqa_jax import TransformerConfig
 from mqa_jax.model.transformer import build_model
+from mqa_jax.train.config import check_config, remarks
 
 # heads, key/value heads, head dim, window; and d_ff for translation, for the language model
 PAPER = {
@@ -24,7 +29,8 @@ PAPER = {
     "multi_head_h8_k16": (8, 8, 16, None, 6784, 9984),
 }
 GROUPED = {"grouped_query_2": 2, "grouped_query_4": 4}
-CONFIGS = [wmt14, lm1b, multi30k, quickstart]
+WORDS = ["one", "two", "three", "four", "five", "six"]
+CONFIGS = [wmt14, lm1b, multi30k, quickstart, own_language_model]
 EVERY = [(config, variant) for config in CONFIGS for variant in config.VARIANTS]
 
 
@@ -140,3 +146,38 @@ def test_length_and_window_can_be_overridden(module):
 )
 def test_training_is_that_of_the_paper(section, field, expected):
     assert tuple(module.get_config()[section][field] for module in (wmt14, lm1b)) == expected
+
+
+@pytest.mark.parametrize("module", [wmt14, lm1b, multi30k, quickstart])
+def test_what_a_file_leaves_to_the_base_is_what_it_always_was(module):
+    """A run that was begun before goes on only with the config that it was begun with."""
+    kept = json.loads(Path(__file__).with_name("configs.json").read_text())
+    name = module.__name__.removeprefix("configs.")
+    assert json.loads(module.get_config().to_json()) == kept[name]
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_every_config_makes_sense(module):
+    for variant in module.VARIANTS:
+        config = module.get_config(variant)
+        check_config(config, {"data": 1, "fsdp": 1, "tensor": 1})
+        assert remarks(config) == []
+
+
+def test_a_language_model_of_ones_own(tmp_path):
+    rng = random.Random(0)
+    for stem, count in (("train", 300), ("validation", 9)):
+        words = [rng.choices(WORDS, k=9) for _ in range(count)]
+        (tmp_path / f"{stem}.txt").write_text("".join(" ".join(line) + "\n" for line in words))
+    small = ["data.vocab_size=280", "model.num_layers=1", "train.steps=2"]
+    small += ["train.log_every=1", "train.batch_size=4"]
+    run_well(
+        ROOT / "train.py",
+        f"--config={ROOT}/configs/own_language_model.py:multi_query",
+        *(f"--config.{change}" for change in (f"data.path={tmp_path}", *small)),
+        "--workdir=run",
+        cwd=tmp_path,
+    )
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+    (figures,) = records(tmp_path / "run", "validation")
+    assert math.isfinite(figures["loss"]) and figures["tokens"] > 9 * 9

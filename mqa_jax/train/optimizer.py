@@ -69,15 +69,15 @@ def build_optimizer(
     if not callable(schedule):
         schedule = optax.constant_schedule(check_number("learning_rate", schedule, least=0))
     rate = optax.scale_by_learning_rate(schedule)
-    decay: list[optax.GradientTransformation] = []
+    decay = optax.identity()
     if check_number("weight_decay", weight_decay, least=0):
-        decay = [optax.add_decayed_weights(weight_decay, mask=decays)]
+        decay = optax.add_decayed_weights(weight_decay, mask=decays)
     # In this nesting the state has the same paths as that of Optax's own `adafactor` and `adamw`.
     if name == "adafactor":
-        scales = optax.chain(optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), *decay)
+        scales = optax.chain(optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), decay)
         return _in_float32(optax.chain(optax.scale_by_factored_rms(), scales, rate))
     adam = optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-9)
-    adamw = optax.chain(adam, optax.chain(*decay), rate)
+    adamw = optax.chain(adam, decay, rate)
     return _in_float32(optax.chain(optax.clip_by_global_norm(1.0), adamw))
 
 
@@ -122,7 +122,7 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     """
 
     def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+        return jax.tree.map(lambda x: x.astype(wide(x)), tree)
 
     def init(params: Any) -> Any:
         return optimizer.init(widen(params))
@@ -131,3 +131,9 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
         return optimizer.update(widen(gradients), state, widen(params))
 
     return optax.GradientTransformation(init, update)
+
+
+def wide(x: Any) -> Any:
+    """The dtype that sums of `x` are taken in: float32 for a narrower float, else its own."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return jnp.dtype(jnp.float32) if is_narrow else x.dtype

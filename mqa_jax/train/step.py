@@ -18,7 +18,7 @@ from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID
 from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
-from mqa_jax.train.optimizer import at_step
+from mqa_jax.train.optimizer import at_step, wide
 from mqa_jax.train.state import MAX_SEED, TrainState
 
 Batch = Mapping[str, Array]
@@ -40,7 +40,7 @@ def cross_entropy(
       the loss to train on and the plain negative log-likelihood, both `[B, T]`.
     """
     # A mean over V, and a sum of exponentials, are not for bfloat16.
-    logits_BTV = logits_BTV.astype(_wide(logits_BTV))
+    logits_BTV = logits_BTV.astype(wide(logits_BTV))
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll_BT = log_z_BT - target_BT
@@ -170,7 +170,7 @@ def make_train_step(
         first = jax.tree.map(lambda x: x[0], parts)
         # Not in the dtype of the weights: in bfloat16 a sum of 256 parts no longer grows.
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, _wide(x)), jax.eval_shape(gradient, params, *first)
+            lambda x: jnp.zeros(x.shape, wide(x)), jax.eval_shape(gradient, params, *first)
         )
         return jax.lax.scan(add, zeros, parts)[0]
 
@@ -180,16 +180,16 @@ def make_train_step(
         tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
         # In the dtype of the weights, as any optimizer expects them.
         gradients = jax.tree.map(
-            lambda x, weight: (x.astype(_wide(x)) / tokens).astype(weight.dtype),
+            lambda x, weight: (x.astype(wide(x)) / tokens).astype(weight.dtype),
             gradients,
             state.params,
         )
-        gradient_norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(_wide(x)), gradients))
+        gradient_norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x)), gradients))
         is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
         opt_state = at_step(state.opt_state, state.step)
         updates, opt_state = optimizer.update(gradients, opt_state, state.params)
         params = jax.tree.map(
-            lambda x, change: (x.astype(_wide(x)) + change.astype(_wide(x))).astype(x.dtype),
+            lambda x, change: (x.astype(wide(x)) + change.astype(wide(x))).astype(x.dtype),
             state.params,
             updates,
         )
@@ -257,9 +257,3 @@ def mean_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy": means["right"] / tokens,
         "tokens": sums["tokens"],
     }
-
-
-def _wide(x: Any) -> Any:
-    """The dtype that sums of `x` are taken in: float32, or its own if that is wider or counts."""
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.promote_types(x.dtype, jnp.float32) if is_float else x.dtype

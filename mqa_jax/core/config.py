@@ -1,0 +1,102 @@
+"""The fields of a config: what each means, and what it is where a config file says nothing.
+
+A config file says how it differs:
+
+    def get_config(variant: str = "multi_query") -> ConfigDict:
+        config = base_config(choose(variant, VARIANTS))
+        config.train.steps = 1_000
+        return config
+
+Here, and not beside what reads them, since the benchmark reads configs where nothing for training
+is installed. `mqa_jax.train.config` has what values make sense.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
+
+
+def choose(variant: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The fields of `config.model` in which a variant differs from the others.
+
+    Raises:
+      ValueError: there is no such variant.
+    """
+    if variant not in variants:
+        raise ValueError(f"variant {variant!r} is not one of {sorted(variants)}")
+    return variants[variant]
+
+
+def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Every field there is, with the values of the paper's translation task.
+
+    Args:
+      model: fields of `config.model` that have others.
+    """
+    vocab_size = FieldReference(33_792)  # One number for the model and for the data.
+    config = ConfigDict(
+        dict(
+            task="translation",  # Or "language_model", without a source.
+            # The fields of `mqa_jax.TransformerConfig`, which says what they are.
+            model=dict(
+                vocab_size=vocab_size,
+                d_model=1024,
+                d_ff=4096,
+                num_layers=6,
+                num_heads=8,
+                num_kv_heads=8,
+                head_dim=128,
+                max_length=256,
+                window=placeholder(int),
+                dropout_rate=0.0,
+                attention_dropout_rate=0.0,
+                relu_dropout_rate=0.0,
+                remat=False,
+                dtype="bfloat16",
+                param_dtype="float32",
+            ),
+            # What `python -m mqa_jax.data.prepare` makes of what; see there.
+            data=dict(
+                builder="parallel_text",
+                path="",
+                source="en",
+                target="de",
+                splits=dict(train="train", validation="validation", test="test"),
+                dir="",
+                tfds_dir="",
+                source_length=256,
+                target_length=256,
+                pack=True,
+                on_invalid="error",
+                vocab_size=vocab_size,
+            ),
+            train=dict(
+                steps=100_000,
+                batch_size=128,  # Rows of an update, over all devices.
+                accumulate=1,  # Parts that they are taken in one after the other, to save memory.
+                optimizer="adafactor",  # Or "adamw".
+                learning_rate=1.0,  # These four are of `mqa_jax.train.optimizer.rsqrt_schedule`.
+                hold_steps=10_000,
+                warmup_steps=0,
+                decay_steps=20_000,
+                weight_decay=0.0,  # Times the learning rate; of norms and positions none.
+                label_smoothing=0.0,  # These two are of `mqa_jax.train.step.cross_entropy`.
+                z_loss=0.0,
+                seed=0,  # Of the weights, of dropout and of the order of the data.
+                log_every=100,  # These three are steps.
+                evaluate_every=5_000,
+                checkpoint_every=2_500,
+                keep_checkpoints=3,  # The newest.
+                max_skipped_steps=10,  # So many in a row that are not finite end the run.
+            ),
+            # Of the validation split: how many lines are translated for BLEU, 0 for none (and
+            # always none of a language model), and the rows or lines at a time.
+            evaluate=dict(lines=0, batch_size=64),
+            # Devices along each axis of `mqa_jax.core.sharding.make_mesh`; -1: all that are left.
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+        )
+    )
+    config.model.update(model or {})
+    return config

@@ -1,0 +1,200 @@
+"""What values of a config make sense, by themselves and beside each other."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mqa_jax.core.checks import check_integer, check_number
+from mqa_jax.core.config import base_config
+from mqa_jax.core.sharding import ShardingRules
+from mqa_jax.data import request
+from mqa_jax.model.config import TransformerConfig
+from mqa_jax.model.transformer import MODELS
+from mqa_jax.train.optimizer import OPTIMIZERS
+from mqa_jax.train.state import MAX_SEED
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_config(config: ConfigDict, mesh: Mapping[str, int] | None = None) -> None:
+    """Whether a config makes sense, before anything is done with it.
+
+    Args:
+      config: as a config file gives it.
+      mesh: the sizes of the mesh's axes, once they are known; what is split over them is then
+        checked too.
+
+    Raises:
+      ValueError: it does not; the message names all fields that do not, as flags, a line each.
+    """
+    problems = list(_unknown_and_missing(config)) or list(_problems(config, mesh))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def remarks(config: ConfigDict) -> list[str]:
+    """What makes sense and yet is likely not meant."""
+    settings, said = config.train, []
+    if settings.warmup_steps + settings.decay_steps > settings.steps:
+        said.append(
+            f"--config.train.warmup_steps {settings.warmup_steps:,} and decay_steps "
+            f"{settings.decay_steps:,} are more than the {settings.steps:,} steps: the learning "
+            "rate never reaches its full height"
+        )
+    return said
+
+
+def _unknown_and_missing(config: ConfigDict) -> Iterator[str]:
+    base = base_config()
+    # A model's newer fields have defaults, which a config file may have been written before.
+    optional = {
+        f"model.{field.name}"
+        for field in dataclasses.fields(TransformerConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    yield from _compared("", base, config, optional)
+
+
+def _compared(name: str, base: Any, found: Any, optional: set[str]) -> Iterator[str]:
+    if not isinstance(base, ConfigDict):
+        return
+    if not isinstance(found, ConfigDict):
+        yield f"--config.{name} must have the fields {sorted(base)}, and is {found!r}"
+        return
+    if name == "data":  # Which looks after itself.
+        return
+    dot = f"{name}." if name else ""
+    for key in sorted(set(found) - set(base)):
+        yield f"--config.{dot}{key} is unknown; there are {', '.join(sorted(base))}"
+    for key in sorted(set(base) - set(found)):
+        if f"{dot}{key}" not in optional:
+            yield (
+                f"--config.{dot}{key} is missing: an older config, perhaps; it is {base[key]!r} "
+                "where a config file says nothing"
+            )
+    for key in sorted(set(base) & set(found)):
+        yield from _compared(f"{dot}{key}", base[key], found[key], optional)
+
+
+# Fields of each kind and their limits.
+_INTEGERS: dict[str, dict[str, int]] = {
+    **dict.fromkeys(
+        [
+            *(f"model.{name}" for name in ("vocab_size", "d_model", "d_ff", "num_layers")),
+            *(f"model.{name}" for name in ("num_heads", "num_kv_heads", "head_dim", "max_length")),
+            *("train.steps", "train.batch_size", "train.accumulate"),
+            *("train.log_every", "train.evaluate_every"),
+            *("train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped_steps"),
+            "evaluate.batch_size",
+        ],
+        {},
+    ),
+    **dict.fromkeys(
+        [
+            *("train.hold_steps", "train.warmup_steps", "train.decay_steps"),
+            "evaluate.lines",
+        ],
+        {"least": 0},
+    ),
+    "train.seed": {"least": 0, "most": MAX_SEED},
+    **dict.fromkeys(["mesh.data", "mesh.fsdp", "mesh.tensor"], {"least": -1}),
+}
+_NUMBERS: dict[str, dict[str, float]] = {
+    **dict.fromkeys(["train.learning_rate", "train.weight_decay", "train.z_loss"], {"least": 0}),
+    **dict.fromkeys(
+        [
+            *("train.label_smoothing", "model.dropout_rate"),
+            *("model.attention_dropout_rate", "model.relu_dropout_rate"),
+        ],
+        {"least": 0, "below": 1},
+    ),
+}
+_CHOICES: dict[str, Sequence[Any]] = {
+    "task": tuple(MODELS),
+    "model.dtype": DTYPES,
+    "model.param_dtype": DTYPES,
+    "model.remat": (False, True),
+    "train.optimizer": OPTIMIZERS,
+}
+
+
+def _problems(config: ConfigDict, mesh: Mapping[str, int] | None) -> Iterator[str]:
+    """Fields by themselves; and where these are right, fields beside fields."""
+    problems = list(_problems_of_fields(config))
+    yield from problems
+    if not problems:
+        yield from _problems_between_fields(config)
+        if mesh is not None:
+            yield from _problems_with_a_mesh(config, mesh)
+
+
+def _get(config: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _problems_of_fields(config: ConfigDict) -> Iterator[str]:
+    checks = [(check_integer, name, limits) for name, limits in _INTEGERS.items()]
+    checks += [(check_number, name, limits) for name, limits in _NUMBERS.items()]
+    if config.model.get("window") is not None:
+        checks.append((check_integer, "model.window", {}))
+    for check, name, limits in checks:
+        section, field = name.split(".")
+        if field in config[section]:
+            try:
+                check(f"--config.{name}", config[section][field], **limits)
+            except ValueError as error:
+                yield str(error)
+    for name, choices in _CHOICES.items():
+        section, _, field = name.rpartition(".")
+        value = _get(config, section).get(field, choices[0]) if section else config[field]
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            yield f"--config.{name} is none of {', '.join(map(str, choices))}: {value!r}"
+    yield from request.problems(config.data)
+    if any(config.mesh[axis] == 0 for axis in config.mesh):
+        yield f"--config.mesh has an axis of 0 devices: {config.mesh.to_dict()}"
+    if list(config.mesh.values()).count(-1) > 1:
+        yield f"--config.mesh has more than one axis of -1: {config.mesh.to_dict()}"
+
+
+def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
+    model, data = config.model, config.data
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"--config.model.num_heads {model.num_heads} is no multiple of num_kv_heads "
+            f"{model.num_kv_heads}: each key/value head serves as many query heads"
+        )
+    for side in ("source", "target"):
+        if (length := data[f"{side}_length"]) > model.max_length:
+            yield (
+                f"--config.data.{side}_length {length} is more than the {model.max_length} "
+                "positions that the model has: lower it, or raise --config.model.max_length"
+            )
+    if data.vocab_size > model.vocab_size:
+        yield (
+            f"--config.model.vocab_size {model.vocab_size} is less than --config.data.vocab_size "
+            f"{data.vocab_size}: the data would have ids that the model has no vector for"
+        )
+    is_translation = config.task == "translation"
+    if is_translation != bool(data.source):
+        yield (
+            f"--config.task {config.task!r} with --config.data.source {data.source!r}: a "
+            "translation has a source, a language model an empty one, and source_length 0"
+        )
+
+
+def _problems_with_a_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> Iterator[str]:
+    axes = ShardingRules().B
+    parts = math.prod(mesh[axis] for axis in axes)
+    for name, times in (("train", config.train.accumulate), ("evaluate", 1)):
+        size = config[name].batch_size
+        if size % (parts * times):
+            yield (
+                f"--config.{name}.batch_size {size} cannot be split over the {parts} parts of the "
+                f"mesh axes {axes} (mesh {dict(mesh)}), {times} at a time: give a multiple of "
+                f"{parts * times}"
+            )
