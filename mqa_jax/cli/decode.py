@@ -1,156 +1,201 @@
-"""Decodes with a trained model, or measures what decoding costs:
+"""Decodes the lines of a text with a trained model:
 
-python decode.py --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
-python decode.py --benchmark --config=configs/wmt14.py [--quick] --output_dir=DIR
-python decode.py --compile_only=v2:2x2 --config=configs/wmt14.py --batch_sizes=1024
+    mqa-jax decode --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
 
-A translation model translates each line; a language model continues it.
+A translation model translates each line. A language model continues it: a line of the input and
+its line of the output, one behind the other, are the text. To a blank line the answer is a blank
+line.
+
+Lines come out in their order, each as soon as it and those before it are done; what is out stays
+when the command is killed. Speed and, with --reference, BLEU are told on standard error.
 """
 
 import contextlib
 import functools
-import runpy
+import os
+import stat
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from mqa_jax import TransformerConfig, beam_search, greedy, sample
+from mqa_jax.cli.arguments import refuse_idle
+from mqa_jax.core.checks import check_integer, check_number
+from mqa_jax.core.paths import local_path
+from mqa_jax.decode.beam import beam_search
 from mqa_jax.decode.generate import Search
-from mqa_jax.decode.lines import LineDecoder
-from mqa_jax.measure import benchmark, compile_only, plots, report
-from mqa_jax.measure.cost import SEARCHES
-from mqa_jax.model.transformer import MODELS, build_model
+from mqa_jax.decode.lines import ON_LONG, LineDecoder, LineStats
+from mqa_jax.decode.search import greedy, sample
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The --workdir of a training run.", allow_override=True
-)
-INPUT = flags.DEFINE_string("input", "-", "A text to decode line by line; - is standard input.")
-OUTPUT = flags.DEFINE_string("output", "-", "Where the lines go; - is standard output.")
-REFERENCE = flags.DEFINE_string("reference", None, "The right lines: prints BLEU.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Lines decoded at once.", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "At most that many tokens a line; by default 50 more than it has."
-)
-BEAM_SIZE = flags.DEFINE_integer("beam_size", 1, "Above 1: beam search.", lower_bound=1)
-ALPHA = flags.DEFINE_float("alpha", 0.6, "Length penalty of the beam search.")
-SAMPLE = flags.DEFINE_bool("sample", False, "Draw tokens instead of taking the best.")
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "For --sample.")
-TOP_K = flags.DEFINE_integer("top_k", None, "For --sample: only the k best tokens.")
-TOP_P = flags.DEFINE_float("top_p", None, "For --sample: only the best tokens, of that mass.")
-SEED = flags.DEFINE_integer("seed", 0, "For --sample.")
-
-BENCHMARK = flags.DEFINE_bool("benchmark", False, "Measure --config with random weights.")
-CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="For --benchmark.", allow_override=True
-)
-QUICK = flags.DEFINE_bool(
-    "quick", False, "For --benchmark: two variants at one size, where no flag says otherwise."
-)
-VARIANTS = flags.DEFINE_list(
-    "variants",
-    ["multi_head", "multi_query", "multi_head_local", "multi_query_local"],
-    "For --benchmark.",
-)
-SEARCH_NAMES = flags.DEFINE_list(
-    "searches", ["greedy"], f"For --benchmark: of {','.join(SEARCHES)}."
-)
-DTYPES = flags.DEFINE_list("dtypes", [], "For --benchmark; by default the config's.")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["8"], "For --benchmark.")
-CONTEXT_LENGTHS = flags.DEFINE_list(
-    "context_lengths", ["128", "512"], "For --benchmark: tokens of source and of target."
-)
-REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "For --benchmark: runs, of which the median counts.", lower_bound=1
-)
-COMPARE = flags.DEFINE_enum("compare", None, ["paper"], "For --benchmark: against these figures.")
-OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "For --benchmark: where JSON and pictures go.")
-COMPILE_ONLY = flags.DEFINE_string(
-    "compile_only",
-    None,
-    "A TPU topology, such as v5e:2x2: compiles a decode step of --config in each of the --variants "
-    "--dtypes, --batch_sizes and --context_lengths for it, and tells.",
-    allow_override=True,
-)
+STANDARD = "-"  # Input and output of the process.
 
 
-def main(_) -> int | None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
-    if BENCHMARK.value:
-        if CONFIG.value is None or OUTPUT_DIR.value is None:
-            raise app.UsageError("--benchmark needs --config and --output_dir")
-        return run_benchmark(Path(OUTPUT_DIR.value))
-    if COMPILE_ONLY.value:
-        if CONFIG.value is None:
-            raise app.UsageError("--compile_only needs --config")
-        return compile_only.decode(
-            {variant: variant_config(variant) for variant in VARIANTS.value},
-            COMPILE_ONLY.value,
-            batch_sizes=integers(BATCH_SIZES),
-            context_lengths=integers(CONTEXT_LENGTHS),
-            dtypes=DTYPES.value,
-        )
-    if WORKDIR.value is None:
-        raise app.UsageError("give --workdir to decode, or --benchmark, or --compile_only")
-    decode_text(Path(WORKDIR.value))
+def define(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    string("workdir", None, "the --workdir of a training run")
+    string("input", "-", "a text, .gz perhaps, to decode line by line; - is standard input")
+    string("output", "-", "where the lines go; - is standard output")
+    string("reference", None, "the right lines: tells BLEU")
+    flags.DEFINE_enum(
+        "on_long",
+        "error",
+        ON_LONG,
+        "a line that the model has no room for: error, before any is decoded; skip, for a blank "
+        "line; cut to what fits (a translation keeps the beginning, a continuation the end); or "
+        "split at sentences or words, translate the parts and join them",
+        flag_values=values,
+    )
+    integer("batch_size", 64, "lines decoded at once")
+    integer(
+        "max_new_tokens", None, "at most that many tokens a line; by default 50 more than it has"
+    )
+    integer("beam_size", 1, "above 1: beam search")
+    number("alpha", 0.6, "length penalty of the beam search")
+    flags.DEFINE_bool("sample", False, "draw tokens instead of taking the best", flag_values=values)
+    number("temperature", 1.0, "for --sample")
+    integer("top_k", None, "for --sample: only the k best tokens")
+    number("top_p", None, "for --sample: only the best tokens, of that mass")
+    integer("seed", 0, "for --sample")
 
 
-def decode_text(workdir: Path) -> None:
-    # Here and not above: the benchmark runs where JAX and Flax are, and none of what these need.
+def check(args: flags.FlagValues) -> None:
+    """Raises a ValueError, before anything is loaded, for flags that make no sense."""
+    if args.workdir is None:
+        raise ValueError("give --workdir to decode, or --benchmark, or --compile_only")
+    if args.sample and args.beam_size > 1:
+        raise ValueError("--sample and --beam_size exclude each other")
+    refuse_idle(
+        args,
+        [
+            (args.sample, "--sample", "temperature top_k top_p seed"),
+            (args.beam_size > 1, "a --beam_size above 1", "alpha"),
+        ],
+    )
+    for name, least in dict(batch_size=1, max_new_tokens=1, beam_size=1, top_k=1, seed=0).items():
+        if args[name].value is not None:
+            check_integer(f"--{name}", args[name].value, least=least, most=2**31 - 1)
+    check_number("--alpha", args.alpha)
+    check_number("--temperature", args.temperature, above=0)
+    if args.top_p is not None:
+        check_number("--top_p", args.top_p, above=0, most=1)
+    check_files(args)
+
+
+def run(args: flags.FlagValues) -> None:
+    """Decodes, and tells what it was."""
+    check(args)
+
     from tqdm import tqdm
 
     from mqa_jax.data import BOS_ID, EOS_ID
-    from mqa_jax.data.text import read_lines
+    from mqa_jax.data.text import read_lines, text_name
     from mqa_jax.data.tokenizer import Tokenizer
     from mqa_jax.train import workdir as workdirs
-    from mqa_jax.train.metrics import bleu, exact_match
 
+    workdir = local_path("--workdir", args.workdir)
     config = workdirs.load_config(workdir)
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
-    lines = read_lines(INPUT.value)
-    references = None if REFERENCE.value is None else read_lines(REFERENCE.value)
+    source, output, reference = (path_of(args, name) for name in ("input", "output", "reference"))
+    lines = read_lines(source)
+    references = None if reference is None else read_lines(reference)
     if references is not None and len(references) != len(lines):
         raise ValueError(
-            f"{REFERENCE.value} has {len(references)} lines, {INPUT.value} has {len(lines)}"
+            f"{text_name(reference)} has {len(references)} lines, {text_name(source)} has "
+            f"{len(lines)}"
         )
-    model, params = restore(config, workdir / workdirs.CHECKPOINTS)
-    decoder = LineDecoder(
-        model,
-        tokenizer,
-        search=build_search(EOS_ID),
-        batch_size=BATCH_SIZE.value,
-        bos_id=BOS_ID,
-        max_new_tokens=MAX_NEW_TOKENS.value,
-    )
-    keys = jax.random.split(jax.random.key(SEED.value), len(lines)) if SAMPLE.value else None
+    outputs = []
+    with writing(output) as write:
+        model, params = restore(config, workdir / workdirs.CHECKPOINTS)
+        decoder = LineDecoder(
+            model,
+            tokenizer,
+            search=build_search(args, EOS_ID),
+            # Rows that are there to fill up a batch cost as much as others.
+            batch_size=max(1, min(args.batch_size, len(lines))),
+            bos_id=BOS_ID,
+            max_new_tokens=args.max_new_tokens,
+        )
+        keys = jax.random.split(jax.random.key(args.seed), len(lines)) if args.sample else None
+        texts = decoder.texts(params, lines, keys, on_long=args.on_long)
+        is_shown = sys.stderr.isatty() and output != STANDARD
+        for text in tqdm(texts, total=len(lines), unit="line", disable=not is_shown):
+            write(text)
+            outputs.append(text)
+    print_stats(decoder.stats, len(lines), args.on_long)
+    if references:
+        print_scores(outputs, references)
 
-    outputs, unended = [""] * len(lines), 0
-    progress = tqdm(total=len(lines), unit="line", disable=not sys.stderr.isatty())
-    for i, decoded in decoder(params, lines, keys):
-        best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0].tolist()
-        unended += EOS_ID not in best
-        # A model can spell a line break byte by byte; each input has one line of output.
-        outputs[i] = " ".join(tokenizer.decode(best).splitlines())
-        progress.update()
-    progress.close()
 
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Callable[[str], None]]:
+    """A function that writes a line, at once; the file is emptied by the first, not by opening it.
+
+    Raises:
+      OSError: the file cannot be opened or written; it has the name of the file.
+    """
+    is_standard = path == STANDARD
     with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if OUTPUT.value != "-":
-            file = stack.enter_context(open(OUTPUT.value, "w", encoding="utf-8", newline="\n"))
-        file.writelines(f"{line}\n" for line in outputs)
-    print_stats(decoder, len(lines), unended)
-    if references is not None:
-        score, signature = bleu(outputs, references)
-        print(f"BLEU {score:.2f}  ({signature})", file=sys.stderr)
-        print(f"exact match {100 * exact_match(outputs, references):.1f} %", file=sys.stderr)
+        # Appending leaves what is there, should nothing come of this.
+        file = sys.stdout.buffer if is_standard else stack.enter_context(open(path, "ab"))
+        is_plain = not is_standard and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        is_empty = not is_plain
+
+        def write(text: str) -> None:
+            nonlocal is_empty
+            if not is_empty:
+                file.truncate(0)
+                is_empty = True
+            file.write(text.encode() + b"\n")
+            file.flush()
+
+        try:
+            yield write
+            if not is_empty:
+                file.truncate(0)  # There was not a single line.
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
+
+
+def check_files(args: flags.FlagValues) -> None:
+    """Raises a ValueError for an output that is an input too, and for paths that are addresses."""
+    source, output, reference = (path_of(args, name) for name in ("input", "output", "reference"))
+    if source == reference == STANDARD:
+        raise ValueError("--input and --reference cannot both be standard input")
+    for name, path in (("input", source), ("reference", reference)):
+        if path is not None and is_same(path, output):
+            raise ValueError(f"--output {args.output} is the --{name} too: give another one")
+
+
+def path_of(args: flags.FlagValues, name: str) -> str | Path | None:
+    """What a flag names, a file or "-"."""
+    value = args[name].value
+    return value if value in (None, STANDARD) else local_path(f"--{name}", value)
+
+
+def is_same(source: str | Path, output: str | Path) -> bool:
+    """Whether a file that is read and one that is written are one; "-" is read, or written, too."""
+    try:
+        found = [
+            os.fstat(stream.fileno()) if path == STANDARD else os.stat(path)
+            for path, stream in ((source, sys.stdin), (output, sys.stdout))
+        ]
+    except (OSError, ValueError, AttributeError):  # One of them is not there.
+        return False
+    return stat.S_ISREG(found[0].st_mode) and os.path.samestat(*found)
 
 
 def restore(config: ConfigDict, directory: Path) -> tuple[nnx.Module, nnx.State]:
     """The structure of the model, and the weights of the newest checkpoint."""
+    from mqa_jax.model.transformer import build_model
     from mqa_jax.train.checkpoint import Checkpoints
 
     model = nnx.eval_shape(
@@ -162,88 +207,46 @@ def restore(config: ConfigDict, directory: Path) -> tuple[nnx.Module, nnx.State]
     return model, params
 
 
-def build_search(eos_id: int) -> Search:
-    if SAMPLE.value and BEAM_SIZE.value > 1:
-        raise app.UsageError("--sample and --beam_size exclude each other")
-    if SAMPLE.value:
-        return functools.partial(
-            sample,
-            temperature=TEMPERATURE.value,
-            top_k=TOP_K.value,
-            top_p=TOP_P.value,
-            eos_id=eos_id,
-        )
-    if BEAM_SIZE.value > 1:
-        return functools.partial(
-            beam_search, beam_size=BEAM_SIZE.value, alpha=ALPHA.value, eos_id=eos_id
-        )
+def build_search(args: flags.FlagValues, eos_id: int) -> Search:
+    """What the flags ask for."""
+    if args.sample:
+        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        return functools.partial(sample, eos_id=eos_id, **options)
+    if args.beam_size > 1:
+        options = dict(beam_size=args.beam_size, alpha=args.alpha)
+        return functools.partial(beam_search, eos_id=eos_id, **options)
     return functools.partial(greedy, eos_id=eos_id)
 
 
-def print_stats(decoder: LineDecoder, lines: int, unended: int) -> None:
-    stats = decoder.stats
-    print(
-        f"{lines} lines, {stats.tokens} tokens in {stats.decode_seconds:.1f} s: "
-        f"{stats.tokens / stats.decode_seconds:.0f} tokens/s, "
-        f"{1e3 * stats.decode_seconds / stats.steps:.2f} ms per step of {BATCH_SIZE.value} lines "
-        f"(compiled in {stats.compile_seconds:.1f} s)",
-        file=sys.stderr,
-    )
-    if unended:
-        print(
-            f"{unended} of them reached the limit of tokens before their end: --max_new_tokens",
-            file=sys.stderr,
+def print_stats(stats: LineStats, lines: int, on_long: str) -> None:
+    """On standard error, how fast it was, and which lines did not go the usual way."""
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if stats.steps:
+        tell(
+            f"{lines} lines, {stats.tokens} tokens in {stats.decode_seconds:.1f} s: "
+            f"{stats.tokens / stats.decode_seconds:.0f} tokens/s, "
+            f"{1e3 * stats.decode_seconds / stats.steps:.2f} ms per step of "
+            f"{stats.rows / stats.steps:.3g} lines (compiled in {stats.compile_seconds:.1f} s)"
         )
+    else:
+        tell(f"{lines} lines, and nothing to decode in them")
+    for numbers, what in (
+        (stats.blank, "blank, as their outputs are"),
+        (stats.too_long, f"too long: --on_long={on_long}"),
+        (stats.unended, "at the limit of tokens before their end: --max_new_tokens"),
+    ):
+        if numbers:
+            first = ", ".join(map(str, sorted(numbers)[:5])) + ", ..." * (len(numbers) > 5)
+            tell(f"{len(numbers)} of them {what} (line {first})")
 
 
-# What --quick measures: under a minute on two cores at the size of the paper.
-QUICK_FLAGS = dict(variants=["multi_head", "multi_query"], context_lengths=["128"], repeats=3)
+def print_scores(outputs: list[str], references: list[str]) -> None:
+    """On standard error."""
+    from mqa_jax.train.metrics import bleu, exact_match
 
-
-def run_benchmark(output_dir: Path) -> int:
-    """Returns the exit status: 130, as the shell has it, after an interrupt."""
-    for name, value in QUICK_FLAGS.items() if QUICK.value else ():
-        if not flags.FLAGS[name].present:
-            flags.FLAGS[name].value = value
-    configs = {variant: variant_config(variant) for variant in VARIANTS.value}
-    if COMPARE.value and getattr(configs.get("multi_head"), "task", None) != "translation":
-        raise app.UsageError("--compare=paper needs a --config that translates, and multi_head")
-    costs = benchmark.sweep(
-        {
-            variant: (MODELS[config.task], TransformerConfig(**config.model))
-            for variant, config in configs.items()
-        },
-        batch_sizes=integers(BATCH_SIZES),
-        context_lengths=integers(CONTEXT_LENGTHS),
-        dtypes=DTYPES.value,
-        searches=SEARCH_NAMES.value,
-        repeats=REPEATS.value,
-    )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    run = report.record(costs, benchmark.describe(), output_dir / "benchmark.json")
-    if run.costs:
-        report.print_table(run)
-        plots.draw(run.costs, run.about, output_dir)
-        if COMPARE.value and any(cost.variant == "multi_head" for cost in run.costs):
-            report.print_comparison(run)
-    return 0 if run.is_complete else 130
-
-
-def integers(flag: flags.FlagHolder) -> list[int]:
-    try:
-        return [int(text) for text in flag.value]
-    except ValueError:
-        raise app.UsageError(f"--{flag.name} takes whole numbers, not {flag.value}") from None
-
-
-def variant_config(variant: str) -> ConfigDict:
-    """Another variant of the file behind --config, with the same overrides."""
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-    config = runpy.run_path(path)["get_config"](variant)
-    config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
-    return config
-
-
-def run() -> None:
-    """The command line."""
-    app.run(main)
+    score, signature = bleu(outputs, references)
+    print(f"BLEU {score:.2f}  ({signature})", file=sys.stderr)
+    print(f"exact match {100 * exact_match(outputs, references):.1f} %", file=sys.stderr)

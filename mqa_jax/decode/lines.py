@@ -1,36 +1,233 @@
-"""From lines of text to what is decoded for each."""
+"""From lines of text to lines of text."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from mqa_jax.decode.generate import Generator, Model
+from mqa_jax.decode.generate import DecodeStats, Generator, Model
 from mqa_jax.decode.search import Decoded
+
+# What may be done about a line that the model has no room for.
+ON_LONG = ("error", "skip", "cut", "split")
+
+# Lines are decoded so many batches at a time: enough that batches of lines of like length are full,
+# and so few that outputs come early and are not held in memory.
+WINDOW = 64
+
+# Where a line may be split, the best first: between sentences, between words.
+BOUNDARIES = (
+    re.compile(r"(?<=[.!?…])\s+(?=\S)|(?<=[。！？])\s*(?=\S)"),
+    re.compile(r"(?<=\S)\s+(?=\S)"),
+)
 
 
 class Tokenizer(Protocol):
-    """What this file asks of a tokenizer; `mqa_jax.data.tokenizer.Tokenizer` is one."""
+    """What this file asks of a tokenizer; `mqa_jax.data.tokenizer.Tokenizer` is one.
+
+    The ids of a text end with that of the end of a sentence, at which `decode` stops.
+    """
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+@dataclasses.dataclass
+class LineStats(DecodeStats):
+    """What a `LineDecoder` has done so far; lines are counted from 1.
+
+    Attributes:
+      blank: lines that were blank.
+      too_long: lines that there was no room for.
+      unended: lines whose output, or a part of it, reached the limit of tokens before its end.
+    """
+
+    blank: set[int] = dataclasses.field(default_factory=set)
+    too_long: set[int] = dataclasses.field(default_factory=set)
+    unended: set[int] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What is decoded in one go: a line, or a part of one.
+
+    Attributes:
+      place: number of the line, from 1, and of the part in it, from 0.
+      glue: what joins its output to that of the part before.
+      ids: the prompt.
+    """
+
+    place: tuple[int, int]
+    glue: str
+    ids: np.ndarray
+
+
 class LineDecoder(Generator):
-    """A `Generator` from lines of text; `tokenizer` turns them into ids, all else is the same."""
+    """A `Generator` from lines of text; `tokenizer` turns them into ids, all else is the same.
+
+    Attributes:
+      stats: a `LineStats`.
+    """
+
+    stats: LineStats
 
     def __init__(self, model: Model, tokenizer: Tokenizer, **options):
         super().__init__(model, **options)
         self._tokenizer = tokenizer
+        self._eos_id = tokenizer.encode("")[-1]
+        self.stats = LineStats()
 
     def __call__(
-        self, params: nnx.State, lines: Sequence[str], keys: Array | None = None
+        self,
+        params: nnx.State,
+        lines: Sequence[str],
+        keys: Array | None = None,
+        *,
+        name: Callable[[int], str] = "line {}".format,
     ) -> Iterator[tuple[int, Decoded]]:
-        """As `Generator`, of lines; an error counts them from 1."""
-        prompts = map(self._tokenizer.encode, lines)
-        if not self._is_translation:
-            # A sentence to be continued begins, and does not end.
-            prompts = ([self._bos_id, *ids[:-1]] for ids in prompts)
-        return super().__call__(params, list(prompts), keys, name="line {}".format)
+        """As `Generator`, of lines, a blank one too; an error counts them from 1."""
+        return super().__call__(params, [self._prompt(line) for line in lines], keys, name=name)
+
+    def texts(
+        self,
+        params: nnx.State,
+        lines: Sequence[str],
+        keys: Array | None = None,
+        *,
+        on_long: str = "error",
+    ) -> Iterator[str]:
+        """What is decoded for each line, as one line of text, in their order.
+
+        An output comes as soon as it and those before it are done. Where the model spells a line
+        break, of whatever kind, it has a space. A blank line has a blank output. The output of a
+        language model is what follows the line, a space in front included.
+
+        Args:
+          params: the model's weights, `nnx.state(model)`.
+          lines: of text.
+          keys: as for `Generator`.
+          on_long: what to do about a line without room: "error"; "skip", its output is blank;
+            "cut" it to what there is room for, a translation's beginning, a language model's end;
+            "split" it, translations only, at sentences, or words, and join the outputs.
+
+        Raises:
+          ValueError: a line has no room and `on_long` is "error"; nothing has been decoded then.
+        """
+        if on_long not in ON_LONG:
+            raise ValueError(f"on_long {on_long!r} is not one of {', '.join(ON_LONG)}")
+        if on_long == "split" and not self._is_translation:
+            raise ValueError(
+                "on_long=split is for translations: a language model continues one text, not parts "
+                "of it; on_long=cut keeps its end"
+            )
+        parts = [self._parts(number, line, on_long) for number, line in enumerate(lines, start=1)]
+        return self._outputs(params, parts, keys)
+
+    def _outputs(
+        self, params: nnx.State, lines: Sequence[Sequence[_Part]], keys: Array | None
+    ) -> Iterator[str]:
+        start = 0
+        while start < len(lines):
+            window, stop = list[_Part](), start
+            while stop < len(lines) and len(window) < WINDOW * self._batch_size:
+                window += lines[stop]
+                stop += 1
+            results, done = self._decoded(params, window, keys), dict[tuple[int, int], str]()
+            for parts in lines[start:stop]:
+                while not all(part.place in done for part in parts):
+                    part, text = next(results)
+                    done[part.place] = part.glue * bool(text) + text
+                yield "".join(done.pop(part.place) for part in parts)
+            start = stop
+
+    def _decoded(
+        self, params: nnx.State, parts: Sequence[_Part], keys: Array | None
+    ) -> Iterator[tuple[_Part, str]]:
+        """Parts and their outputs, in the order in which they are done."""
+        if keys is not None and parts:
+            lines, numbers = np.array([part.place for part in parts]).T
+            keys = keys[lines - 1]
+            if (others := np.flatnonzero(numbers)).size:
+                own = jax.vmap(jax.random.fold_in)(keys[others], numbers[others])
+                keys = keys.at[others].set(own)
+        results = super().__call__(
+            params,
+            [part.ids for part in parts],
+            keys,
+            name=lambda number: f"line {parts[number - 1].place[0]}",
+        )
+        for i, decoded in results:
+            part = parts[i]
+            best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0]
+            ids = best[: int(decoded.length.flat[0])].tolist()
+            if self._eos_id not in ids:
+                self.stats.unended.add(part.place[0])
+            yield part, " ".join(self._text(part, ids).splitlines())
+
+    def _text(self, part: _Part, ids: list[int]) -> str:
+        if self._is_translation:
+            return self._tokenizer.decode(ids)
+        # Decoded by themselves, they would lose the space in front.
+        prompt = part.ids.tolist()
+        return self._tokenizer.decode(prompt + ids)[len(self._tokenizer.decode(prompt)) :]
+
+    def _prompt(self, line: str) -> list[int]:
+        ids = self._tokenizer.encode(line)
+        # A sentence to be continued begins, and does not end.
+        return ids if self._is_translation else [self._bos_id, *ids[:-1]]
+
+    def _parts(self, number: int, line: str, on_long: str) -> list[_Part]:
+        """What to decode for a line, nothing perhaps."""
+        if not line.strip():
+            self.stats.blank.add(number)
+            return []
+        ids = self._prompt(line)
+        if len(ids) <= self.room:
+            pieces = [("", ids)]
+        else:
+            self.stats.too_long.add(number)
+            if on_long == "skip":
+                return []
+            if on_long == "error" or self.room < 1:
+                raise ValueError(
+                    f"line {number} has {len(ids)} tokens, but there is room for {self.room} (the "
+                    f"model knows {self._max_length} positions): shorten it, choose "
+                    "on_long=skip, cut or split, or train a model with a larger max_length"
+                )
+            split = on_long == "split"
+            pieces = self._split(number, line.strip()) if split else [("", self._cut(ids))]
+        return [
+            _Part((number, i), glue, np.array(ids, np.int32))
+            for i, (glue, ids) in enumerate(pieces)
+        ]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        if self._is_translation:
+            return [*ids[: self.room - 1], ids[-1]]
+        return [ids[0], *ids[len(ids) - self.room + 1 :]]
+
+    def _split(self, number: int, text: str) -> list[tuple[str, list[int]]]:
+        """Ids of parts of a text that there is room for, each behind what joins it to the last."""
+        ids = self._prompt(text)
+        if len(ids) <= self.room:
+            return [("", ids)]
+        if len(text) == 1:
+            raise ValueError(
+                f"line {number} holds {text!r}, which takes {len(ids)} tokens, but there is room "
+                f"for {self.room}"
+            )
+        end = start = len(text) // 2
+        for boundary in BOUNDARIES:
+            # As near to the middle as can be.
+            places = (match.span() for match in boundary.finditer(text))
+            if place := min(places, key=lambda span: abs(sum(span) - len(text)), default=None):
+                end, start = place
+                break
+        left, right = self._split(number, text[:end]), self._split(number, text[start:])
+        return [*left, (" " * (start > end), right[0][1]), *right[1:]]

@@ -58,6 +58,16 @@ class TransformerConfig:
         for name in ("dropout_rate", "attention_dropout_rate", "relu_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for name in ("dtype", "param_dtype"):
+            try:
+                is_float = jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating)
+            except TypeError:
+                is_float = False
+            if not is_float:
+                raise ValueError(
+                    f"{name} must be a floating-point type, such as float32, bfloat16 or float16, "
+                    f"not {getattr(self, name)!r}"
+                )
 
     def attention(self, rngs: nnx.Rngs, window: int | None = None) -> Attention:
         return Attention(

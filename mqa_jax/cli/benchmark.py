@@ -1,0 +1,127 @@
+"""Measures what decoding costs, with random weights; or compiles a decode step for a TPU.
+
+    mqa-jax benchmark --config=wmt14 [--quick] --output_dir=DIR
+    mqa-jax benchmark --config=wmt14 --compile_only=v2:2x2 --batch_sizes=1024
+
+The tables are printed, and kept with pictures in --output_dir.
+"""
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mqa_jax.cli.arguments import load_config, refuse_idle
+from mqa_jax.core.checks import check_integer
+from mqa_jax.core.paths import local_path
+from mqa_jax.measure.cost import SEARCHES
+
+# What --quick measures: under a minute on two cores at the size of the paper.
+QUICK = dict(variants=["multi_head", "multi_query"], context_lengths=["128"], repeats=3)
+
+
+def define(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="NAME of a config that is shipped, or FILE.py; --config.model.a=b behind it "
+        "sets a field",
+        flag_values=values,
+    )
+    flags.DEFINE_string("output_dir", None, "where JSON and pictures go", flag_values=values)
+    flags.DEFINE_bool(
+        "quick",
+        False,
+        "two variants at one size, where no flag says otherwise",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "variants",
+        ["multi_head", "multi_query", "multi_head_local", "multi_query_local"],
+        "of the config",
+        flag_values=values,
+    )
+    flags.DEFINE_list("searches", ["greedy"], f"of {','.join(SEARCHES)}", flag_values=values)
+    flags.DEFINE_list("dtypes", [], "by default the config's", flag_values=values)
+    flags.DEFINE_list("batch_sizes", ["8"], "rows of a step", flag_values=values)
+    flags.DEFINE_list(
+        "context_lengths", ["128", "512"], "tokens of source and of target", flag_values=values
+    )
+    flags.DEFINE_integer("repeats", 5, "runs, of which the median counts", flag_values=values)
+    flags.DEFINE_enum("compare", None, ["paper"], "against these figures", flag_values=values)
+    flags.DEFINE_string(
+        "compile_only",
+        None,
+        "a TPU topology, such as v5e:2x2: compiles a step of each of the --variants, --dtypes, "
+        "--batch_sizes and --context_lengths for it, tells, measures nothing",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "benchmark", True, "as decode.py asks for this command; needless here", flag_values=values
+    )
+
+
+def run(args: flags.FlagValues) -> int:
+    """Returns the exit status: 130, as the shell has it, after an interrupt."""
+    measuring = "output_dir quick searches repeats compare benchmark"
+    refuse_idle(args, [(not args.compile_only, "with --compile_only", measuring)])
+    if args.config is None:
+        raise ValueError("give --config, such as --config=wmt14")
+    for name, value in QUICK.items() if args.quick else ():
+        if not args[name].present:
+            args[name].value = value
+    configs = {variant: variant_config(args, variant) for variant in args.variants}
+    sizes = dict(
+        batch_sizes=integers(args, "batch_sizes"),
+        context_lengths=integers(args, "context_lengths"),
+        dtypes=args.dtypes,
+    )
+    if args.compile_only:
+        from mqa_jax.measure import compile_only
+
+        return compile_only.decode(configs, args.compile_only, **sizes)
+    if args.output_dir is None:
+        raise ValueError("give --output_dir, where JSON and pictures go")
+    check_integer("--repeats", args.repeats)
+    if args.compare and getattr(configs.get("multi_head"), "task", None) != "translation":
+        raise ValueError("--compare=paper needs a --config that translates, and multi_head")
+    return measure(args, configs, sizes)
+
+
+def measure(args: flags.FlagValues, configs: dict[str, ConfigDict], sizes: dict) -> int:
+    """Measures all of it, prints and draws; returns the exit status."""
+    from mqa_jax.measure import benchmark, plots, report
+    from mqa_jax.model.config import TransformerConfig
+    from mqa_jax.model.transformer import MODELS
+
+    costs = benchmark.sweep(
+        {
+            variant: (MODELS[config.task], TransformerConfig(**config.model))
+            for variant, config in configs.items()
+        },
+        searches=args.searches,
+        repeats=args.repeats,
+        **sizes,
+    )
+    output_dir = local_path("--output_dir", args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run = report.record(costs, benchmark.describe(), output_dir / "benchmark.json")
+    if run.costs:
+        report.print_table(run)
+        plots.draw(run.costs, run.about, output_dir)
+        if args.compare and any(cost.variant == "multi_head" for cost in run.costs):
+            report.print_comparison(run)
+    return 0 if run.is_complete else 130
+
+
+def integers(args: flags.FlagValues, name: str) -> list[int]:
+    """The values of a flag that lists numbers."""
+    try:
+        numbers = [int(text) for text in args[name].value]
+    except ValueError:
+        raise ValueError(f"--{name} takes whole numbers, not {args[name].value}") from None
+    return [check_integer(f"--{name}", number) for number in numbers]
+
+
+def variant_config(args: flags.FlagValues, variant: str) -> ConfigDict:
+    """Another variant of the file behind --config, with the same overrides."""
+    file = config_flags.get_config_filename(args["config"]).partition(":")[0]
+    return load_config(f"{file}:{variant}", config_flags.get_override_values(args["config"]))

@@ -1,0 +1,30 @@
+"""Makes text ready for training: tokenized, packed, on disk.
+
+    mqa-jax prepare --config=multi30k --config.data.path=DIR [--config.data.dir=DIR ...]
+
+Training does the same before its first step; this does it alone, where there is no accelerator say.
+`mqa_jax.data.prepare` says what the fields of `config.data` mean.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+
+def define(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="NAME of a config that is shipped, or FILE.py; --config.data.a=b behind it "
+        "sets a field",
+        flag_values=values,
+    )
+
+
+def run(args: flags.FlagValues) -> None:
+    """Prepares, or finds that all is there."""
+    if args.config is None:
+        raise ValueError("give --config, such as --config=quickstart")
+
+    from mqa_jax.data.prepare import prepare
+
+    prepare(args.config.data)

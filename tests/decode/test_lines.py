@@ -1,0 +1,185 @@
+"""Lines of text to lines of text: order, blanks, lines without room, and what joins to what.
+
+The decoding itself, which `test_generate.py` has, is a stand-in here: a translation is its source,
+a continuation always the same.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mqa_jax import Decoded, DecoderOnly, EncoderDecoder, TransformerConfig, greedy
+from mqa_jax.decode import lines as module
+from mqa_jax.decode.lines import LineDecoder
+
+BOS, EOS, FIRST = 1, 2, 3
+MAX_LENGTH = 17
+CONFIG = TransformerConfig(
+    vocab_size=259,
+    d_model=4,
+    d_ff=5,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    max_length=MAX_LENGTH,
+)
+CONTINUATION = " und\u2028so\r\nweiter"
+
+
+class Bytes:
+    """A tokenizer of bytes that, as SentencePiece, puts a space in front, and takes it away."""
+
+    def encode(self, text):
+        return [*(FIRST + byte for byte in b" " + text.encode()), EOS]
+
+    def decode(self, ids):
+        ids = [i for i in ids if i != BOS]
+        ids = ids[: ids.index(EOS)] if EOS in ids else ids
+        return bytes(i - FIRST for i in ids).decode(errors="replace").removeprefix(" ")
+
+
+@functools.cache
+def make_model(model_type, max_length):
+    config = dataclasses.replace(CONFIG, max_length=max_length)
+    return nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0)))
+
+
+class Copier(LineDecoder):
+    """Decodes without a model; what it was called with is in `calls`."""
+
+    def __init__(self, model_type, **options):
+        model = make_model(model_type, options.pop("max_length", MAX_LENGTH))
+        options = dict(search=greedy, batch_size=2, bos_id=BOS) | options
+        super().__init__(model, Bytes(), **options)
+        self.calls = []
+
+    def _decode(self, params, prompt_BP, lengths_B, keys_B, limit):
+        rows = [row[:length].tolist() for row, length in zip(prompt_BP, lengths_B, strict=True)]
+        self.calls.append((rows, keys_B))
+        outputs = rows
+        if not self._is_translation:
+            outputs = [Bytes().encode(CONTINUATION)[1:] for _ in rows]
+        tokens = np.zeros((len(rows), max(map(len, outputs))), np.int32)
+        for row, output in zip(tokens, outputs, strict=True):
+            row[: len(output)] = output
+        self.stats.steps += tokens.shape[1]
+        return Decoded(
+            tokens=tokens, length=np.array([*map(len, outputs)]), steps=np.int32(tokens.shape[1])
+        )
+
+
+translate = functools.partial(Copier, EncoderDecoder)
+LINES = ["fünf", "", "six six six six", "a", " \t", "eins zwei", "b\x00c", ""]
+
+
+def test_outputs_are_in_order_and_blank_lines_stay_blank():
+    decoder = translate()
+    assert list(decoder.texts(None, LINES)) == [line if line.strip() else "" for line in LINES]
+    assert decoder.stats.blank == {2, 5, 8} and not decoder.stats.too_long
+    assert sum(len({*map(tuple, rows)}) for rows, _ in decoder.calls) == 5
+
+
+def test_outputs_come_before_all_is_decoded(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 1)
+    decoder = translate()
+    outputs = decoder.texts(None, ["c", "b", "a"] * 5)
+    assert [next(outputs) for _ in range(3)] == ["c", "b", "a"]
+    assert len(decoder.calls) == 2
+    assert list(outputs) == ["c", "b", "a"] * 4
+
+
+@pytest.mark.parametrize("lines", [[], [""], ["", "  "]])
+def test_nothing_to_decode(lines):
+    decoder = translate()
+    assert list(decoder.texts(None, lines)) == [""] * len(lines) and decoder.calls == []
+
+
+LONG = "One two. Three four?  Five six seven eight nine"
+
+
+@pytest.mark.parametrize(
+    ("on_long", "output"),
+    [
+        ("skip", ""),
+        ("cut", LONG[:15]),
+        ("split", "One two. Three four? Five six seven eight nine"),
+    ],
+)
+def test_a_line_without_room_is_counted_and_done_as_asked(on_long, output):
+    decoder = translate()
+    assert list(decoder.texts(None, ["a", LONG, "b"], on_long=on_long)) == ["a", output, "b"]
+    assert decoder.stats.too_long == {2}
+    if on_long == "split":
+        parts = {Bytes().decode(row) for rows, _ in decoder.calls for row in rows}
+        assert {"One two.", "Three four?"} <= parts, "between sentences first"
+
+
+def test_a_line_without_room_is_refused_before_any_is_decoded():
+    decoder = translate()
+    message = rf"line 2 has {len(LONG) + 2} tokens, .* room for 17 .*on_long=skip, cut or split"
+    with pytest.raises(ValueError, match=message):
+        decoder.texts(None, ["a", LONG])
+    assert decoder.calls == []
+    with pytest.raises(ValueError, match="'trim' is not one of error, skip, cut, split"):
+        decoder.texts(None, ["a"], on_long="trim")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab.?ü。 \u3000", max_size=60), st.integers(5, 9))
+def test_parts_of_a_line_have_room_and_lose_nothing(line, room):
+    decoder = translate(max_length=room)
+    (output,) = decoder.texts(None, [line], on_long="split")
+    assert output.split() == line.split()
+    assert all(len(row) <= room for rows, _ in decoder.calls for row in rows)
+
+
+def test_a_character_without_room_is_named():
+    with pytest.raises(ValueError, match="line 1 holds '語', which takes 5 tokens, .* room for 4"):
+        translate(max_length=4).texts(None, ["a 語"], on_long="split")
+
+
+def test_a_continuation_follows_its_line():
+    decoder = Copier(DecoderOnly, max_new_tokens=5)
+    lines = ["one two", "", "x"]
+    outputs = list(decoder.texts(None, lines))
+    assert outputs == [" und so weiter", "", " und so weiter"]
+    # What a language model sees is the end, as what follows hangs on that.
+    assert list(decoder.texts(None, [LONG], on_long="cut")) == [" und so weiter"]
+    [row, _] = decoder.calls[-1][0]
+    assert row == [BOS, *Bytes().encode(LONG)[:-1][-11:]] and len(row) == MAX_LENGTH - 5
+    with pytest.raises(ValueError, match="on_long=split is for translations"):
+        decoder.texts(None, lines, on_long="split")
+
+
+def test_outputs_that_reached_the_limit_are_counted():
+    class Endless(Copier):
+        def _decode(self, *args):
+            decoded = super()._decode(*args)
+            return dataclasses.replace(decoded, length=np.minimum(decoded.length, 4))
+
+    decoder = Endless(EncoderDecoder)
+    assert list(decoder.texts(None, ["ab", "abcdef"])) == ["ab", "abc"]
+    assert decoder.stats.unended == {2}
+
+
+@pytest.mark.parametrize("make_keys", [jax.random.key, jax.random.PRNGKey])
+def test_what_a_line_draws_is_its_own_and_so_is_what_a_part_draws(make_keys):
+    keys = jax.random.split(make_keys(3), 4)
+    decoder = translate(batch_size=1)
+    lines = ["a", LONG, "", "b"]
+    list(decoder.texts(None, lines, keys, on_long="split"))
+
+    def data(key):
+        return tuple(np.asarray(jax.random.key_data(key)).ravel().tolist())
+
+    drawn = {Bytes().decode(rows[0]): data(used) for rows, used in decoder.calls}
+    assert drawn["a"] == data(keys[0]) and drawn["b"] == data(keys[3])
+    assert drawn["One two."] == data(keys[1])
+    assert len({*drawn.values()}) == len(drawn) > 4
