@@ -14,7 +14,7 @@ NEWEST = $(shell for version in 3.13 3.12 3.11; do \
   done; done)
 CHOSEN = $(or $(PYTHON),$(NEWEST),$(error No Python 3.11, 3.12 or 3.13 runs here: name another, PYTHON=/path/to/python))
 
-.PHONY: install quickstart figures test test-slow lint clean
+.PHONY: install quickstart figures test test-slow docs lint clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,10 @@ test: $(INSTALLED)
 # One process, since what is slow uses both cores by itself.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Into site/; `$(BIN)/mkdocs serve` shows it while it is written.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,66 @@
+"""The documentation: its examples run as they stand, the notebook runs, the site builds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), start=1)
+]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_examples_run_as_they_stand(block, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_pages_that_promise_examples_have_them():
+    promising = {example.id.rpartition("-")[0] for example in EXAMPLES}
+    guides = {f"docs/guides/{name}.md" for name in ("importing", "measuring", "converting")}
+    assert guides | {"README.md", "docs/decoding.md", "docs/guides/serving.md"} <= promising
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(
+        build, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    # What docstrings say stands on the pages of the API.
+    assert "one write-head" in (tmp_path / "index.html").read_text().lower()
+    for name in ("dot_product_attention", "MultiQueryAttention", "init_cache", "KVCache"):
+        assert name in (tmp_path / "api/attention/index.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "docs/multi_query_in_two_minutes.ipynb", as_version=4)
+    nbclient.execute(notebook, timeout=600, kernel_name="python3")
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert float(re.search(r"largest difference: (\S+)", printed)[1]) < 1e-5
+    times = re.findall(r"(multi_\w+) +(\d+) tokens +(\d+\.\d+) ms a step", printed)
+    assert len(times) == 6 and all(float(ms) > 0 for _, _, ms in times)
