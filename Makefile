@@ -8,11 +8,11 @@ INSTALLED := $(VENV)/installed-$(EXTRAS)$(if $(PYTHON),-$(notdir $(PYTHON)))
 WORKDIR ?= runs/quickstart
 
 VERSION := -c 'import ensurepip, sys; print("%d.%d" % sys.version_info[:2])'
-NEWEST = $(shell for version in 3.13 3.12 3.11; do \
+NEWEST = $(shell for version in 3.13 3.12; do \
   for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
     test "$$("$$python" $(VERSION) 2>&1)" = $$version && echo "$$python" && exit; \
   done; done)
-CHOSEN = $(or $(PYTHON),$(NEWEST),$(error No Python 3.11, 3.12 or 3.13 runs here: name another, PYTHON=/path/to/python))
+CHOSEN = $(or $(PYTHON),$(NEWEST),$(error Neither Python 3.12 nor 3.13 runs here: name another, PYTHON=/path/to/python))
 
 .PHONY: install quickstart figures test test-slow docs lint clean
 

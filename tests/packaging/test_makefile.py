@@ -29,7 +29,7 @@ def install(tmp_path):
 
     def install(pythons: dict[str, str], *args: str) -> str:
         # The system's own are behind these on the path.
-        missing = {f"bin/python3.{minor}": SHIM for minor in (11, 12, 13)}
+        missing = {f"bin/python3.{minor}": SHIM for minor in (12, 13)}
         for name, version in (missing | pythons).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,38 +50,38 @@ def install(tmp_path):
     return install
 
 
-THREE = {f"bin/python3.{minor}": f"3.{minor}" for minor in (11, 12, 13)}
+BOTH = {f"bin/python3.{minor}": f"3.{minor}" for minor in (12, 13)}
 
 
 def test_the_newest_is_taken(install):
-    assert install(THREE) == "bin/python3.13"
+    assert install(BOTH) == "bin/python3.13"
 
 
 def test_a_shim_without_a_python_behind_it_is_not(install):
-    assert install(THREE | {"bin/python3.13": SHIM}) == "bin/python3.12"
+    assert install(BOTH | {"bin/python3.13": SHIM}) == "bin/python3.12"
 
 
 def test_one_without_pip_is_not(install):
-    assert install(THREE | {"bin/python3.13": NO_PIP, "bin/python3.12": SHIM}) == "bin/python3.11"
+    assert install(BOTH | {"bin/python3.13": NO_PIP}) == "bin/python3.12"
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
 def test_pyenvs_are_found(install, version):
     name = f"versions/{version}.7/bin/python"
-    assert install({name: version, "versions/3.10.9/bin/python": "3.10"}) == name
+    assert install({name: version, "versions/3.11.9/bin/python": "3.11"}) == name
 
 
 def test_the_one_that_is_named_is_taken(install):
-    assert install(THREE | {"bin/other": "3.14"}, "PYTHON=other") == "bin/other"
+    assert install(BOTH | {"bin/other": "3.14"}, "PYTHON=other") == "bin/other"
 
 
 def test_where_there_is_none_it_says_so(install):
-    assert "No Python 3.11, 3.12 or 3.13 runs here" in install({})
+    assert "Neither Python 3.12 nor 3.13 runs here" in install({})
 
 
 def test_only_another_that_is_named_makes_the_environment_anew(install):
     assert install({"bin/python3.12": "3.12"}) == "bin/python3.12"
-    assert install(THREE) == "bin/python3.12"
-    assert install(THREE, "PYTHON=python3.13") == "bin/python3.13"
-    assert install(THREE, "PYTHON=python3.13", "EXTRAS=train") == "bin/python3.13"
-    assert install(THREE) == "bin/python3.13"
+    assert install(BOTH) == "bin/python3.12"
+    assert install(BOTH, "PYTHON=python3.13") == "bin/python3.13"
+    assert install(BOTH, "PYTHON=python3.13", "EXTRAS=train") == "bin/python3.13"
+    assert install(BOTH) == "bin/python3.13"
