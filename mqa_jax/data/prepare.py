@@ -8,7 +8,7 @@ It reads `config.data` only; `mqa_jax.data.request` has its fields.
 import contextlib
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mqa_jax.data.manifest import (
 from mqa_jax.data.packing import Pair, pack, to_tokens
 from mqa_jax.data.raw import Example, RawText, own_files
 from mqa_jax.data.request import check, check_same, directory_of, place, requested
-from mqa_jax.data.tokenizer import Tokenizer
+from mqa_jax.data.tokenizer import MAX_PIECE_CHARACTERS, Tokenizer
 
 INCOMPLETE = ".incomplete-"
 
@@ -84,6 +84,11 @@ def _make(directory: Path, data: ConfigDict, request: dict[str, Any], raw: RawTe
     # What a killed process has left; it holds no lock.
     for left in directory.glob(f"{INCOMPLETE}*"):
         shutil.rmtree(left)
+    if data.on_invalid == "error":
+        # What can be named before a tokenizer is trained is named before.
+        for split in request["splits"]:
+            if split != "train":
+                deque(_texts(raw, data, split, Counter()), maxlen=0)
     with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=directory) as name:
         incomplete = Path(name)
         train = (
@@ -117,15 +122,28 @@ def _drop(
 
 
 def _texts(raw: RawText, data: ConfigDict, split: str, dropped: Counter) -> Iterator[Example]:
-    """The examples with text on every side; the others are counted in `dropped`."""
+    """The examples that can be valid, before there is a tokenizer; the others are counted."""
+    fields = {data.source: "source_length", data.target: "target_length"}
+    # In fewer tokens they cannot be said. A megabyte in one line would not only be dropped in the
+    # end: as one word it holds up the training of the tokenizer for minutes.
+    most = {side: (data[field] - 1) * MAX_PIECE_CHARACTERS for side, field in fields.items()}
     # On a terminal only: in a log file a progress bar is one endless line.
     for example in tqdm(raw.examples(split), split, raw.count(split), disable=None, leave=False):
         blank = [side for side, text in example.texts.items() if not text.strip()]
+        long = [side for side, text in example.texts.items() if len(text) > most[side]]
         if blank:
             _drop(raw, data, split, example, blank[0], "blank", "write or delete it on both sides")
             dropped["blank"] += 1
+        elif long:
+            reason = f"{len(example.texts[long[0]]):,} characters, {most[long[0]]:,} fit into a row"
+            _drop(raw, data, split, example, long[0], reason, _shorten(fields[long[0]]))
+            dropped["too_long"] += 1
         else:
             yield example
+
+
+def _shorten(field: str) -> str:
+    return f"raise --config.data.{field}, or split it"
 
 
 def _pairs(
@@ -139,8 +157,7 @@ def _pairs(
         if long:
             field = fields[long[0]]
             reason = f"{len(ids[long[0]])} tokens, {data[field]} fit into a row"
-            way = f"raise --config.data.{field}, or split it"
-            _drop(raw, data, split, example, long[0], reason, way)
+            _drop(raw, data, split, example, long[0], reason, _shorten(field))
             dropped["too_long"] += 1
         else:
             yield example, (ids.get(data.source, []), ids[data.target])

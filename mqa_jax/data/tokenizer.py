@@ -13,6 +13,9 @@ import sentencepiece
 
 from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
+# The longest piece: SentencePiece's own limit.
+MAX_PIECE_CHARACTERS = 16
+
 # Beyond this the pieces hardly change, and training takes much memory and time.
 MAX_TRAINING_SENTENCES = 2_000_000
 
@@ -84,7 +87,7 @@ class Tokenizer:
                 eos_id=EOS_ID,
                 unk_id=UNK_ID,
                 # Longer sentences would be left out without a word.
-                max_sentence_length=longest + 1,
+                max_sentence_length=max(longest + 1, 10),  # the least that it takes
                 # The sums of its threads are added in their order, so their number is fixed.
                 num_threads=16,
                 minloglevel=2,
@@ -156,14 +159,15 @@ def _sample(sentences: Iterable[str], size: int) -> list[str]:
 
 def _explained(error: RuntimeError, vocab_size: int) -> Exception:
     message = str(error)
+    model = "; --config.model.vocab_size too, where a config does not tie it to this one"
     if match := re.search(r"set it to a value <= (\d+)", message):
         return ValueError(
             f"vocab_size {vocab_size} is more than this text has pieces for, {match[1]} at most: "
-            f"set --config.data.vocab_size={match[1]} or lower, or give more text"
+            f"set --config.data.vocab_size={match[1]} or lower, or give more text{model}"
         )
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return ValueError(
             f"vocab_size {vocab_size} is less than bytes and alphabet take, {match[1]}: set "
-            f"--config.data.vocab_size={match[1]} or higher"
+            f"--config.data.vocab_size={match[1]} or higher{model}"
         )
     return error

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mqa_jax.data import BOS_ID, EOS_ID, loader
+from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.decode.lines import LineDecoder
@@ -32,6 +33,7 @@ def make_evaluate(
 
     With several processes the first one alone decodes, with a copy of the weights of its own.
     """
+    manifest = Manifest.read(data)
     eval_step = make_eval_step(model, mesh)
     settings = config.evaluate
     sources = references = []
@@ -59,6 +61,7 @@ def make_evaluate(
             batch_size=settings.batch_size,
             process_index=index,
             process_count=count,
+            manifest=manifest,
         ):
             sums.append(eval_step(params, put_batch(mesh, batch)))
         figures = mean_metrics(add_up(jax.device_get(sums)))

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import mqa_jax.data
+from mqa_jax.data import prepare as prepare_module
 from mqa_jax.data import raw as raw_module
 from mqa_jax.data.manifest import FORMAT, Manifest
 from mqa_jax.data.prepare import prepare
@@ -261,6 +262,38 @@ def test_long_line(config, text_dir, side, limit, field):
     message = rf"val\.{side}:5: \d+ tokens, {limit} fit into a row; raise --config\.data\.{field}"
     with pytest.raises(ValueError, match=message):
         prepare(config)
+
+
+@pytest.mark.parametrize("stem", ["train", "val"])
+@pytest.mark.parametrize("side, length", [("en", 37), ("de", 41)])
+def test_what_cannot_fit_never_comes_to_the_tokenizer(
+    config, text_dir, monkeypatch, stem, side, length
+):
+    """A megabyte in one line is dropped as any long line is, or named at once."""
+    spoil(text_dir, stem, 5, side, "a b " * 250_000)
+    spoil(text_dir, stem, 6, side, "one " * (4 * (length - 1)))  # as many as 16 a piece allow
+    seen = []
+
+    class Spy(Tokenizer):
+        @classmethod
+        def train(cls, sentences, path, vocab_size):
+            seen.extend(sentences)
+            return Tokenizer.train(seen, path, vocab_size)
+
+    monkeypatch.setattr(prepare_module, "Tokenizer", Spy)
+    message = rf"{stem}\.{side}:5: 1,000,000 characters, {16 * (length - 1)} fit into a row; raise"
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
+    assert not seen or stem == "train" and len(seen) < 10
+    seen.clear()
+    config.on_invalid = "drop"
+    manifest = Manifest.read(prepare(config))
+    split = {"train": "train", "val": "validation"}[stem]
+    assert manifest.split(split).dropped == {"too_long": 2}
+    # The second line might have fitted, for all that its characters say.
+    if stem == "train":
+        assert max(map(len, seen)) == 16 * (length - 1)
+    assert max(map(len, seen)) < 1000
 
 
 def test_the_longest_line_fits(config, text_dir):

@@ -97,7 +97,8 @@ def test_decode_refuses_unknown_ids(tokenizer, bad):
 
 def test_too_large_a_vocabulary_names_the_largest(tmp_path):
     with pytest.raises(
-        ValueError, match=r"vocab_size 9999 .*--config.data.vocab_size=\d+"
+        ValueError,
+        match=r"vocab_size 9999 .*--config\.data\.vocab_size=\d+ .*--config\.model\.vocab_size too",
     ) as error:
         Tokenizer.train(SENTENCES, tmp_path / "model", 9999)
     largest = int(str(error.value).split("vocab_size=")[1].split()[0])
@@ -137,3 +138,21 @@ def test_a_sample_is_drawn_from_all_and_announced(tmp_path, monkeypatch, caplog)
     # Evenly: the mean of 50 even draws is within 4 deviations of the middle.
     assert abs(np.mean([int(i) for i in sample]) - 500) < 4 * 289 / 50**0.5
     assert tokenizer_module._sample(map(str, range(50)), 50) == [str(i) for i in range(50)]
+
+
+def test_no_piece_is_longer_than_said(tmp_path):
+    """What has more characters than its tokens can hold is sorted out unseen."""
+    word = "donaudampfschifffahrtsgesellschaft"
+    tokenizer = Tokenizer.train([*SENTENCES, *[word] * 99], tmp_path / "model", 310)
+    pieces = [tokenizer._model.id_to_piece(i) for i in range(4 + 256, tokenizer.vocab_size)]
+    assert max(map(len, pieces)) == tokenizer_module.MAX_PIECE_CHARACTERS
+
+
+@pytest.mark.parametrize("sentences", [["a"], ["y", "nzv"], ["ab", "", "ba"] * 7])
+def test_short_sentences_alone_are_enough(tmp_path, sentences):
+    """SentencePiece takes no limit below ten bytes."""
+    with pytest.raises(ValueError, match="at most") as error:
+        Tokenizer.train(sentences, tmp_path / "model", 9999)
+    largest = int(str(error.value).split("vocab_size=")[1].split()[0])
+    tokenizer = Tokenizer.train(sentences, tmp_path / "model", largest)
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in sentences] == sentences
