@@ -11,6 +11,7 @@ from mqa_jax.attention import (
     segment_mask,
 )
 from mqa_jax.attention.cache import CrossCache, KVCache, RingCache
+from mqa_jax.core.sharding import ShardingRules, make_mesh, on_mesh
 from mqa_jax.decode.beam import beam_search
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.search import Decoded, greedy, sample
@@ -31,11 +32,14 @@ __all__ = [
     "MultiHeadAttention",
     "MultiQueryAttention",
     "RingCache",
+    "ShardingRules",
     "TransformerConfig",
     "beam_search",
     "causal_mask",
     "dot_product_attention",
     "greedy",
+    "make_mesh",
+    "on_mesh",
     "padding_mask",
     "sample",
     "segment_mask",

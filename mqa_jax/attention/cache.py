@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mqa_jax.core.explicit import automatic, partition, spec
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class KVCache:
         position_BS = jnp.arange(capacity)[None]
         return cache, cache.key, cache.value, position_BS, new_length_B > capacity
 
+    @automatic(lambda self, **_: _beam_spec(self))
     def expand(self, beam_size: int) -> "BeamCache":
         """The cache of a beam search: what is held so far is what all hypotheses begin with."""
         batch, _, slots, _ = self.key.shape
@@ -127,6 +130,7 @@ class BeamCache:
         flat = (batch, num_kv_heads, beam_size * capacity, head_dim)
         return cache, cache.key.reshape(flat), cache.value.reshape(flat), mask, slot_Bb >= capacity
 
+    @automatic(lambda self, **_: jax.tree.map(spec, self))
     def reorder(self, parent_Bb: Array) -> "BeamCache":
         """The cache in which hypothesis `j` continues what was hypothesis `parent_Bb[:, j]`."""
         batch, beam_size, _ = self.lane.shape
@@ -135,6 +139,12 @@ class BeamCache:
         return dataclasses.replace(
             self, lane=self.lane[rows_B1, parent_Bb], length=length_Bb.reshape(-1)
         )
+
+
+def _beam_spec(cache: KVCache) -> BeamCache:
+    batch, heads, slots, width = spec(cache.key)
+    key = partition(batch, heads, None, slots, width)
+    return BeamCache(key, key, partition(batch, None, slots), partition(batch))
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from mqa_jax.core.explicit import automatic, spec
 from mqa_jax.core.linear import FEW_ROWS
 
 # Queries of longer sequences are taken block by block, so that memory grows with the length and
@@ -57,6 +58,7 @@ def padding_mask(lengths_B: ArrayLike, length: int) -> Array:
     return jnp.arange(length)[None, None, None, :] < jnp.asarray(lengths_B)[:, None, None, None]
 
 
+@automatic(lambda query_BTNH, **_: spec(query_BTNH))
 def dot_product_attention(
     query_BTNH: ArrayLike,
     key_BSKH: ArrayLike,

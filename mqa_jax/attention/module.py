@@ -6,6 +6,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,9 @@ from mqa_jax.attention.functional import (
     heads_first,
 )
 from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.explicit import automatic, explicit_mesh, partition, spec
 from mqa_jax.core.linear import linear
-from mqa_jax.core.sharding import param
+from mqa_jax.core.sharding import batch_axes, param
 
 SelfCache = KVCache | RingCache | BeamCache
 
@@ -93,6 +95,7 @@ class Attention(nnx.Module):
         self.value = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
         self.out = weight("DNH", (d_model, num_heads, head_dim), fan_in=num_heads * head_dim)
 
+    @automatic(lambda x_BTD, **_: spec(x_BTD))
     def __call__(
         self,
         x_BTD: Array,
@@ -140,6 +143,7 @@ class Attention(nnx.Module):
         dropout = None if rngs is None else functools.partial(self.dropout, rngs=rngs)
         return self._output(attend(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout))
 
+    @automatic(lambda self, batch, **_: _cache_spec(self, batch))
     def init_cache(self, batch: int, length: int) -> KVCache | RingCache:
         """An empty cache: of `length` slots, or a ring of `window` slots for local attention."""
         num_kv_heads, head_dim, _ = self.key.shape
@@ -154,6 +158,7 @@ class Attention(nnx.Module):
             length=jnp.zeros(batch, jnp.int32),
         )
 
+    @automatic(lambda self, memory_BSD, **_: cross_cache_spec(self, *spec(memory_BSD)[:2]))
     def init_cross_cache(self, memory_BSD: Array, mask_BS: Array | None = None) -> CrossCache:
         """Projects an encoder's output, once; `mask_BS` (bool) is False where it is padding."""
         self._check_input("memory_BSD", memory_BSD)
@@ -170,6 +175,7 @@ class Attention(nnx.Module):
             mask=mask_BS,
         )
 
+    @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
     def prefill(
         self, x_BTD: Array, cache: SelfCache, lengths_B: ArrayLike | None = None
     ) -> tuple[Array, SelfCache]:
@@ -236,6 +242,7 @@ class Attention(nnx.Module):
         output_BbNH = jnp.where(overflow_Bb[:, :, None, None], jnp.nan, output_BbNH)
         return self._output(output_BbNH).reshape(rows, 1, -1), cache
 
+    @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
     def decode(
         self, x_BTD: Array, cache: SelfCache | CrossCache
     ) -> tuple[Array, SelfCache | CrossCache]:
@@ -281,6 +288,21 @@ class Attention(nnx.Module):
         if x.ndim != 3 or x.shape[2] != d_model or (batch is not None and x.shape[0] != batch):
             expected = f"[{'B' if batch is None else batch}, {name[-2]}, {d_model}]"
             raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}")
+
+
+def _cache_spec(attention: Attention, batch: int) -> KVCache | RingCache:
+    mesh = explicit_mesh((attention,), {})
+    heads, *_ = spec(attention.key[...])
+    key = partition(batch_axes(mesh, batch), heads, None, None)
+    cache_type = KVCache if attention.window is None else RingCache
+    return cache_type(key, key, partition(key[0]))
+
+
+def cross_cache_spec(attention: Attention, batch: Any, source: Any) -> CrossCache:
+    """How a memory's keys and values are split on explicit axes: as the memory, and by heads."""
+    heads, *_ = spec(attention.key[...])
+    key = partition(batch, heads, source, None)
+    return CrossCache(key, key, partition(batch, source))
 
 
 class MultiHeadAttention(Attention):

@@ -13,14 +13,16 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+
+from mqa_jax.core.checks import check_integer
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -49,7 +51,21 @@ def over_batch(x: jax.Array) -> jax.Array:
     if (placement := _placement.get()) is None:
         return x
     mesh, rules = placement
-    return jax.lax.with_sharding_constraint(x, rules.sharding(mesh, "B", x.shape[:1]))
+    sharding = rules.sharding(mesh, "B", x.shape[:1])
+    here = jax.sharding.get_abstract_mesh()
+    if not here.empty:
+        # The same mesh, whose axes may be of another type outside (see `explicit`).
+        sharding = NamedSharding(here, sharding.spec)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def batch_axes(mesh: AbstractMesh, batch: int) -> tuple[str, ...] | None:
+    """The axes that rows with no place of their own yet are split over, where they divide them."""
+    placement = _placement.get()
+    rules = ShardingRules() if placement is None else placement[1]
+    names = tuple(name for name in rules.B if name in mesh.axis_names)
+    parts = math.prod(mesh.shape[name] for name in names)
+    return names if parts > 1 and batch % parts == 0 else None
 
 
 def param(
@@ -60,21 +76,19 @@ def param(
     if (placement := _placement.get()) is not None:
         mesh, rules = placement
         sharding = rules.sharding(mesh, axes, shape)
-    return nnx.Param(_normal(rngs.params(), shape, dtype, fan_in**-0.5, sharding), axes=axes)
+    normal = _compiled_normal(sharding)
+    return nnx.Param(normal(rngs.params(), shape, dtype, fan_in**-0.5), axes=axes)
 
 
 # Compiled once a shape, of which a model has few, however many its layers. (A whole model at once
 # takes XLA a second a weight.)
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _normal(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    stddev: float,
-    sharding: NamedSharding | None,
-) -> jax.Array:
-    weight = jax.random.normal(key, shape, dtype) * jnp.asarray(stddev, dtype)
-    return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding)
+@functools.lru_cache
+def _compiled_normal(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+    return jax.jit(_normal, static_argnums=(1, 2, 3), out_shardings=sharding)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, stddev: float) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(stddev, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +98,12 @@ class ShardingRules:
     Batch goes over `data` and `fsdp`, the weights' model dim over `fsdp`; heads, feed-forward and
     vocabulary over `tensor`. Key/value heads go over `tensor` where it divides them and are
     replicated where it does not, as for multi-query attention always.
+
+    For a mesh with axes of other names say which letters they split:
+    `ShardingRules(B=("replica",), D=(), N=("model",), K=("model",), F=("model",), V=("model",))`.
+
+    Raises:
+      ValueError: a rule that is no tuple of names, or names one twice.
     """
 
     B: tuple[str, ...] = ("data", "fsdp")
@@ -93,15 +113,27 @@ class ShardingRules:
     F: tuple[str, ...] = ("tensor",)
     V: tuple[str, ...] = ("tensor",)
 
+    def __post_init__(self):
+        for letter, names in vars(self).items():
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                raise ValueError(
+                    f"the rule {letter}={names!r} must be a tuple of names of mesh axes: "
+                    f'{letter}=("data",), or {letter}=() for no split'
+                )
+            if len(set(names)) < len(names):
+                raise ValueError(f"the rule {letter}={names} names a mesh axis twice")
+
     def sharding(self, mesh: Mesh, axes: str, shape: Sequence[int]) -> NamedSharding:
         """The sharding of an array of that shape whose axes are the letters `axes`.
 
         Raises:
-          ValueError: an axis that its mesh axes do not divide.
+          ValueError: an axis that its mesh axes do not divide, letters that are not one an axis, a
+            mesh that lacks an axis of the rules, or a mesh axis that would split two axes.
         """
+        self._check(mesh, axes, shape)
         spec = []
         for letter, size in zip(axes, shape, strict=True):
-            names = getattr(self, letter, ())
+            names = vars(self).get(letter, ())
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts == 0:
                 spec.append(names or None)
@@ -113,6 +145,26 @@ class ShardingRules:
                     f"parts of mesh axes {names} do not divide (mesh {dict(mesh.shape)})"
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def _check(self, mesh: Mesh, axes: str, shape: Sequence[int]) -> None:
+        rules = vars(self)
+        wanted = dict.fromkeys(name for names in rules.values() for name in names)
+        if lacking := [name for name in wanted if name not in mesh.axis_names]:
+            raise ValueError(
+                f"the mesh has the axes {mesh.axis_names} and lacks {lacking}, which the sharding "
+                "rules name: make it with mqa_jax.make_mesh, or say which letters its axes split, "
+                f"as in ShardingRules(B=({mesh.axis_names[0]!r},), D=(), N=({mesh.axis_names[-1]!r}"
+                ",), K=..., F=..., V=...)"
+            )
+        if len(axes) != len(shape) or (axes and not axes.isalpha()):
+            raise ValueError(f"{axes!r} is not a letter for each axis of the shape {tuple(shape)}")
+        names = [name for letter in axes for name in rules.get(letter, ())]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            split = {letter: rules[letter] for letter in axes if letter in rules}
+            raise ValueError(
+                f"mesh axes {twice} would split two axes of {axes}{tuple(shape)} by the rules "
+                f"{split}: a mesh axis splits one axis of an array"
+            )
 
     def params(self, mesh: Mesh, state: nnx.State):
         """The sharding of every weight of a model's (abstract) state, in the same tree."""
@@ -138,7 +190,8 @@ def make_mesh(
       ValueError: sizes whose product is not the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
-    sizes = [data, fsdp, tensor]
+    names = zip(MESH_AXES, (data, fsdp, tensor), strict=True)
+    sizes = [check_integer(name, size, least=-1) for name, size in names]
     if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
     if min(sizes) < 1 or math.prod(sizes) != count:

@@ -6,7 +6,9 @@ Array letters: B batch   V vocabulary   L max_new_tokens   b beam   R rows, B * 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from mqa_jax.core.explicit import automatic, explicit, spec
 from mqa_jax.decode.search import Cache, Decoded, StepFn, check_search
 
 
@@ -21,9 +23,14 @@ def expand(cache: Cache, beam_size: int) -> Cache:
     def of(node):
         if hasattr(node, "expand"):
             return node.expand(beam_size)
-        return jnp.repeat(node, beam_size, axis=0)
+        return _repeat(node, beam_size)
 
     return jax.tree.map(of, cache, is_leaf=lambda node: hasattr(node, "expand"))
+
+
+@automatic(lambda array, **_: spec(array))
+def _repeat(array: Array, beam_size: int) -> Array:
+    return jnp.repeat(array, beam_size, axis=0)
 
 
 def reorder(cache: Cache, parent_Bb: Array) -> Cache:
@@ -80,6 +87,39 @@ def beam_search(
     vocab_size = check_search(step_fn, cache, tokens_B, max_new_tokens, eos_id)
     if vocab_size < 2:
         raise ValueError(f"a vocabulary of {vocab_size} token leaves nothing to search")
+    cache = expand(cache, beam_size)
+    return _search(
+        explicit(step_fn, tokens_B, cache),
+        cache,
+        tokens_B,
+        beam_size=beam_size,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        alpha=alpha,
+        pad_id=pad_id,
+        vocab_size=vocab_size,
+    )
+
+
+def _decoded_spec(tokens_B: Array, **_) -> Decoded:
+    batch, no_split = spec(tokens_B), PartitionSpec()
+    return Decoded(batch, batch, no_split, batch)
+
+
+@automatic(_decoded_spec)
+def _search(
+    step_fn: StepFn,
+    cache: Cache,
+    tokens_B: Array,
+    *,
+    beam_size: int,
+    max_new_tokens: int,
+    eos_id: int,
+    alpha: float,
+    pad_id: int,
+    vocab_size: int,
+) -> Decoded:
+    """The loop of `beam_search`, over a cache of `B * b` rows."""
     batch = tokens_B.shape[0]
     rows_B1 = jnp.arange(batch)[:, None]
 
@@ -128,7 +168,7 @@ def beam_search(
         padding_BbL,
         nothing_Bb,
         jnp.zeros((batch, beam_size), jnp.int32),
-        expand(cache, beam_size),
+        cache,
     )
     state = lax.while_loop(is_running, advance, state)
     steps, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state

@@ -31,7 +31,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from mqa_jax.core.explicit import automatic, explicit, spec
 from mqa_jax.decode.logits import keep_probable
 
 Cache = TypeVar("Cache")
@@ -134,12 +136,15 @@ def sample(
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
     keys_B = jax.random.split(key, tokens_B.shape[0]) if key.ndim == 0 else key
 
-    def choose(logits_BV: Array, step: Array) -> Array:
-        logits_BV = keep_probable(logits_BV / temperature, top_k, top_p)
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV)
-
+    # A pytree, so that the loop knows of the arrays in it.
+    choose = jax.tree_util.Partial(_draw, keys_B, temperature, top_k, top_p)
     return _decode(step_fn, cache, tokens_B, choose, max_new_tokens, eos_id, pad_id)
+
+
+def _draw(keys_B, temperature, top_k, top_p, logits_BV: Array, step: Array) -> Array:
+    logits_BV = keep_probable(logits_BV / temperature, top_k, top_p)
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV)
 
 
 def _decode(
@@ -153,6 +158,17 @@ def _decode(
 ) -> Decoded:
     """The loop of `greedy` and `sample`; `choose(logits_BV, step)` picks the next tokens."""
     check_search(step_fn, cache, tokens_B, max_new_tokens, eos_id)
+    step_fn = explicit(step_fn, tokens_B, cache)
+    return _search(step_fn, cache, tokens_B, choose, max_new_tokens, eos_id, pad_id)
+
+
+def _decoded_spec(cache: Cache, tokens_B: Array, **_) -> Decoded:
+    batch, no_split = spec(tokens_B), PartitionSpec()
+    return Decoded(batch, batch, no_split, cache=jax.tree.map(spec, cache))
+
+
+@automatic(_decoded_spec)
+def _search(step_fn, cache, tokens_B, choose, max_new_tokens, eos_id, pad_id) -> Decoded:
     batch = tokens_B.shape[0]
 
     def is_running(state):
@@ -196,7 +212,7 @@ def check_search(step_fn, cache, tokens_B, max_new_tokens: int, eos_id: int | No
                 f"in the cache must have the {batch} rows of tokens_B in front; what is not a "
                 "row's own belongs into step_fn"
             )
-    logits, _ = jax.eval_shape(step_fn, jax.ShapeDtypeStruct((batch,), jnp.int32), cache)
+    logits, _ = jax.eval_shape(step_fn, tokens_B.astype(jnp.int32), cache)
     if logits.ndim != 2 or logits.shape[0] != batch:
         raise ValueError(f"step_fn must return logits [{batch}, V], not {list(logits.shape)}")
     vocab_size = logits.shape[1]

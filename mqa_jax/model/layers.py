@@ -4,14 +4,17 @@ Array letters: B batch, T length, D model dim, F feed-forward dim, V vocabulary,
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.explicit import automatic, partition, spec
 from mqa_jax.core.linear import linear
 from mqa_jax.core.sharding import param
 
@@ -41,6 +44,7 @@ class FeedForward(nnx.Module):
         self.dropout = Dropout(dropout_rate)
         self.dtype = dtype
 
+    @automatic(lambda x_BTD, **_: spec(x_BTD))
     def __call__(self, x_BTD: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         """`[B, T, D]` to `[B, T, D]`; dropout where `rngs` is given."""
         x_BTD = x_BTD.astype(self.dtype)
@@ -62,6 +66,7 @@ class RMSNorm(nnx.RMSNorm):
         )
         self.output_dtype = dtype
 
+    @automatic(lambda x_BTD, **_: spec(x_BTD))
     def __call__(self, x_BTD: Array) -> Array:
         return super().__call__(x_BTD.astype(jnp.float32)).astype(self.output_dtype)
 
@@ -91,6 +96,7 @@ class Embedding(nnx.Module):
         self.table = param(axes, (num_embeddings, d_model), fan_in=1, rngs=rngs, dtype=param_dtype)
         self.dtype = dtype
 
+    @automatic(lambda ids, **_: partition(*spec(ids), None))
     def __call__(self, ids: Array) -> Array:
         """`[...]` ids to `[..., D]` vectors; an id outside the table, a negative one too, to NaN.
 
@@ -104,6 +110,7 @@ class Embedding(nnx.Module):
         vectors = self.table[...].at[ids].get(mode="fill", fill_value=jnp.nan)
         return vectors.astype(self.dtype)
 
+    @automatic(lambda self, x_BTD: logits_spec(self.table, *spec(x_BTD)[:-1]))
     def logits(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, V]`, float32."""
         table_VD = self.table[...].astype(self.dtype)
@@ -128,7 +135,13 @@ class Softmax(nnx.Module):
         )
         self.dtype = dtype
 
+    @automatic(lambda self, x_BTD: logits_spec(self.kernel, *spec(x_BTD)[:-1]))
     def logits(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, V]`, float32."""
         kernel_VD = self.kernel[...].astype(self.dtype)
         return linear(x_BTD.astype(self.dtype), kernel_VD, output_dtype=jnp.float32)
+
+
+def logits_spec(weight_VD: nnx.Param, *leading: Any) -> PartitionSpec:
+    """How logits are split on explicit axes: as their tokens, and the vocabulary as its weight."""
+    return partition(*leading, spec(weight_VD[...])[0])

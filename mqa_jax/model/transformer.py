@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -17,11 +18,12 @@ from jax.typing import ArrayLike
 
 from mqa_jax.attention import padding_mask, segment_mask
 from mqa_jax.attention.cache import CrossCache
-from mqa_jax.attention.module import SelfCache
+from mqa_jax.attention.module import SelfCache, cross_cache_spec
 from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.explicit import automatic, partition, spec
 from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer
 from mqa_jax.model.config import TransformerConfig
-from mqa_jax.model.layers import Embedding, RMSNorm, Softmax
+from mqa_jax.model.layers import Embedding, RMSNorm, Softmax, logits_spec
 
 
 class EncoderDecoder(nnx.Module):
@@ -44,6 +46,11 @@ class EncoderDecoder(nnx.Module):
         self.decoder = _Decoder(config, True, rngs)
         self.dropout = Dropout(config.dropout_rate)
 
+    @automatic(
+        lambda self, target_inputs_BT, **_: logits_spec(
+            self.embedding.table, *spec(target_inputs_BT)
+        )
+    )
     def __call__(
         self,
         source_tokens_BS: Array,
@@ -94,6 +101,7 @@ class EncoderDecoder(nnx.Module):
         )
         return self.embedding.logits(x_BTD)
 
+    @automatic(lambda source_tokens_BS, **_: partition(*spec(source_tokens_BS), None))
     def encode(
         self,
         source_tokens_BS: Array,
@@ -113,6 +121,12 @@ class EncoderDecoder(nnx.Module):
         """Empty self-attention caches, one a decoder layer, for `length` target tokens a row."""
         return self.decoder.init_cache(batch, length)
 
+    @automatic(
+        lambda self, source_tokens_BS, **_: tuple(
+            cross_cache_spec(layer.cross_attention, *spec(source_tokens_BS))
+            for layer in self.decoder.layers
+        )
+    )
     def init_cross_cache(
         self, source_tokens_BS: Array, lengths_B: ArrayLike | None = None
     ) -> tuple[CrossCache, ...]:
@@ -132,6 +146,7 @@ class EncoderDecoder(nnx.Module):
             for layer in self.decoder.layers
         )
 
+    @automatic(lambda self, tokens_BT, cache, **_: _specs(self.embedding.table, tokens_BT, cache))
     def prefill(
         self,
         tokens_BT: Array,
@@ -154,6 +169,7 @@ class EncoderDecoder(nnx.Module):
         x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, cross, lengths_B)
         return self.embedding.logits(x_BTD), cache
 
+    @automatic(lambda self, tokens_B, cache, **_: _specs(self.embedding.table, tokens_B, cache))
     def decode(
         self, tokens_B: Array, cache: tuple[SelfCache, ...], cross: tuple[CrossCache, ...]
     ) -> tuple[Array, tuple[SelfCache, ...]]:
@@ -179,6 +195,7 @@ class DecoderOnly(nnx.Module):
         self.decoder = _Decoder(config, False, rngs)
         self.softmax = Softmax(config.d_model, config.vocab_size, rngs=rngs, **config.dtypes)
 
+    @automatic(lambda self, inputs_BT, **_: logits_spec(self.softmax.kernel, *spec(inputs_BT)))
     def __call__(
         self,
         inputs_BT: Array,
@@ -196,6 +213,7 @@ class DecoderOnly(nnx.Module):
         """Empty caches, one a layer, for `length` tokens a row."""
         return self.decoder.init_cache(batch, length)
 
+    @automatic(lambda self, tokens_BT, cache, **_: _specs(self.softmax.kernel, tokens_BT, cache))
     def prefill(
         self,
         tokens_BT: Array,
@@ -207,12 +225,17 @@ class DecoderOnly(nnx.Module):
         x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, no_memory, lengths_B)
         return self.softmax.logits(x_BTD), cache
 
+    @automatic(lambda self, tokens_B, cache, **_: _specs(self.softmax.kernel, tokens_B, cache))
     def decode(
         self, tokens_B: Array, cache: tuple[SelfCache, ...]
     ) -> tuple[Array, tuple[SelfCache, ...]]:
         """One decode step: the next token of every row to logits `[B, V]` and the new cache."""
         logits_BTV, cache = self.prefill(tokens_B[:, None], cache)
         return logits_BTV[:, 0], cache
+
+
+def _specs(weight_VD: nnx.Param, tokens: Array, cache: tuple[SelfCache, ...]) -> tuple:
+    return logits_spec(weight_VD, *spec(tokens)), jax.tree.map(spec, cache)
 
 
 MODELS = {"translation": EncoderDecoder, "language_model": DecoderOnly}

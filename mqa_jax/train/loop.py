@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str) -> int:
 
     log = MetricLog(path, settings.steps, start) if jax.process_index() == 0 else NoLog()
     log.print(
-        f"{parameters:,} parameters, {mesh.size} {jax.default_backend()} device(s), "
+        f"{parameters:,} parameters, {mesh.size} {mesh.devices.flat[0].platform} device(s), "
         f"step {start:,} to {settings.steps:,}"
     )
     index, count = row_share(mesh, settings.batch_size)

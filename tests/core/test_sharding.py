@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from mqa_jax import Attention, DecoderOnly, EncoderDecoder, TransformerConfig, beam_search, greedy
-from mqa_jax.core.sharding import ShardingRules, make_mesh
+from mqa_jax.core.sharding import MESH_AXES, ShardingRules, make_mesh, on_mesh
 
 CONFIG = TransformerConfig(
     vocab_size=40,
@@ -24,6 +24,10 @@ CONFIG = TransformerConfig(
 )
 
 ONE_AXIS = [(8, 1, 1), (1, 8, 1), (1, 1, 8)]
+
+
+def explicit_mesh(*sizes):
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def test_mesh_takes_what_is_left_for_minus_one():
@@ -65,6 +69,60 @@ def test_an_axis_that_does_not_divide_is_refused_by_name_and_size():
         ShardingRules().sharding(make_mesh(2, 2, 2), "FD", (25, 16))
 
 
+@pytest.mark.parametrize("size", [2.0, "2", True, -2])
+def test_a_size_of_a_mesh_axis_is_an_integer(size):
+    with pytest.raises(ValueError, match=f"fsdp must be .*{size!r}"):
+        make_mesh(-1, size)
+
+
+def test_a_mesh_with_axes_of_other_names_needs_rules_that_name_them():
+    mesh = jax.make_mesh((4, 2), ("rows", "model"), axis_types=(AxisType.Auto,) * 2)
+    lacking = r"has the axes \('rows', 'model'\) and lacks \['data', 'fsdp', 'tensor'\].*B=\('rows'"
+    with pytest.raises(ValueError, match=lacking):
+        ShardingRules().sharding(mesh, "FD", (24, 16))
+    model = ("model",)
+    rules = ShardingRules(B=("rows",), D=(), N=model, K=model, F=model, V=model)
+    assert rules.sharding(mesh, "FD", (24, 16)).spec == PartitionSpec("model", None)
+    assert rules.sharding(mesh, "BT", (8, 3)).spec == PartitionSpec("rows", None)
+
+
+@pytest.mark.parametrize("names", ["data", ["data"], None, (2,), ("data", None)])
+def test_a_rule_is_a_tuple_of_names(names):
+    with pytest.raises(ValueError, match=r"the rule B=.* must be a tuple of names"):
+        ShardingRules(B=names)
+
+
+def test_no_mesh_axis_is_named_twice():
+    with pytest.raises(ValueError, match=r"the rule B=\('data', 'data'\) names a mesh axis twice"):
+        ShardingRules(B=("data", "data"))
+    mesh = make_mesh(2, 2, 2)
+    with pytest.raises(ValueError, match=r"\['tensor'\] would split two axes of NHD\(4, 6, 16\)"):
+        ShardingRules(D=("tensor",)).sharding(mesh, "NHD", (4, 6, 16))
+    with pytest.raises(ValueError, match=r"\['fsdp'\] would split two axes of DD\(16, 16\)"):
+        ShardingRules().sharding(mesh, "DD", (16, 16))
+
+
+@pytest.mark.parametrize("axes", ["F", "FDH", "F_", ""])
+def test_a_letter_for_each_axis(axes):
+    with pytest.raises(ValueError, match="is not a letter for each axis of the shape"):
+        ShardingRules().sharding(make_mesh(2, 2, 2), axes, (24, 16))
+
+
+@pytest.mark.parametrize("make", [make_mesh, explicit_mesh])
+def test_weights_are_born_where_they_belong(make):
+    mesh = make(2, 2, 2)
+    with on_mesh(mesh, ShardingRules()):
+        model = DecoderOnly(CONFIG, rngs=nnx.Rngs(3))
+    expected = ShardingRules().params(mesh, nnx.state(model))
+    for weight, sharding in zip(*map(jax.tree.leaves, (nnx.state(model), expected)), strict=True):
+        if weight.ndim > 1:  # Flax makes the norms, which lie on one device.
+            assert weight.sharding.is_equivalent_to(sharding, weight.ndim)
+    with on_mesh(mesh, ShardingRules()):
+        logits = jax.jit(lambda model, x: model(x))(model, np.arange(8, dtype=np.int32)[:, None])
+    one = DecoderOnly(CONFIG, rngs=nnx.Rngs(3))
+    np.testing.assert_allclose(logits, one(np.arange(8)[:, None]), rtol=1e-5, atol=1e-5)
+
+
 def test_every_large_weight_names_its_axes():
     state = nnx.state(nnx.eval_shape(lambda: DecoderOnly(CONFIG, rngs=nnx.Rngs(0))))
     variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -73,9 +131,13 @@ def test_every_large_weight_names_its_axes():
         assert len(variable.get_metadata()["axes"]) == len(variable.shape)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [(make_mesh, sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4))]
+    + [(explicit_mesh, (2, 2, 2))],
+)
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-def test_a_sharded_model_computes_the_same(sizes, num_kv_heads):
+def test_a_sharded_model_computes_the_same(make, sizes, num_kv_heads):
     config = dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads)
     model = DecoderOnly(config, rngs=nnx.Rngs(3))
     graphdef, params = nnx.split(model)
@@ -83,7 +145,7 @@ def test_a_sharded_model_computes_the_same(sizes, num_kv_heads):
     forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
     expected = forward(params, tokens)
 
-    mesh = make_mesh(*sizes)
+    mesh = make(*sizes)
     shardings = ShardingRules().params(mesh, params)
     sharded = jax.device_put(params, shardings)
     batch = jax.device_put(tokens, ShardingRules().sharding(mesh, "BT", tokens.shape))
@@ -133,7 +195,8 @@ def test_a_weight_without_axes_is_replicated_and_a_rule_can_be_changed():
     )
 
 
-def test_gradients_of_sharded_weights_are_the_same():
+@pytest.mark.parametrize("make", [make_mesh, explicit_mesh])
+def test_gradients_of_sharded_weights_are_the_same(make):
     attention = Attention(16, 4, 1, 5, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(attention)
     x = jax.random.normal(jax.random.key(1), (8, 7, 16))
@@ -143,7 +206,7 @@ def test_gradients_of_sharded_weights_are_the_same():
     def gradient(params, x):
         return (nnx.merge(graphdef, params)(x, is_causal=True) ** 2).sum()
 
-    mesh, rules = make_mesh(2, 2, 2), ShardingRules()
+    mesh, rules = make(2, 2, 2), ShardingRules()
     sharded = jax.device_put(params, rules.params(mesh, params))
     batch = jax.device_put(x, rules.sharding(mesh, "BT", x.shape[:2]))
     # Sums over a sharded axis are added in another order.
@@ -152,11 +215,16 @@ def test_gradients_of_sharded_weights_are_the_same():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ONE_AXIS)]
+    ("make", "sizes"),
+    [
+        (make_mesh, (2, 2, 2)),
+        (explicit_mesh, (2, 2, 2)),
+        *(pytest.param(make_mesh, sizes, marks=pytest.mark.slow) for sizes in ONE_AXIS),
+    ],
 )
 @pytest.mark.parametrize("num_kv_heads", [1, 8])
 @pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
-def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, sizes):
+def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, make, sizes):
     config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=num_kv_heads, max_length=16)
     graphdef, params = nnx.split(model_type(config, rngs=nnx.Rngs(3)))
     source = jax.random.randint(jax.random.key(1), (8, 11), 2, 40)
@@ -177,7 +245,7 @@ def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, sizes)
         )
         return decoded.tokens, decoded.length
 
-    mesh, rules = make_mesh(*sizes), ShardingRules()
+    mesh, rules = make(*sizes), ShardingRules()
     sharded = jax.device_put(params, rules.params(mesh, params))
     batch = jax.device_put(source, rules.sharding(mesh, "BT", source.shape))
     for search in (greedy, functools.partial(beam_search, beam_size=3)):
