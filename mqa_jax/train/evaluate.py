@@ -64,7 +64,14 @@ def make_evaluate(
             manifest=manifest,
         ):
             sums.append(eval_step(params, put_batch(mesh, batch)))
-        figures = mean_metrics(add_up(jax.device_get(sums)))
+        sums = jax.device_get(sums)
+        if bad := [i for i, one in enumerate(sums) if not np.isfinite(one["loss"])]:
+            row = bad[0] * settings.batch_size
+            print_line(
+                f"  the validation loss is not finite: of {len(bad)} of {len(sums)} batches, the "
+                f"first of rows {row} to {row + settings.batch_size - 1}"
+            )
+        figures = mean_metrics(add_up(sums))
         if sources and jax.process_count() > 1:
             params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
         if sources and jax.process_index() == 0:

@@ -2,38 +2,45 @@
 
 import dataclasses
 import math
-import time
-from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mqa_jax.core.devices import PEAK_TFLOP_PER_S
-from mqa_jax.core.sharding import ShardingRules, make_mesh
+from mqa_jax.core.sharding import make_mesh
 from mqa_jax.data import loader
 from mqa_jax.data.prepare import prepare
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.train import workdir as workdirs
 from mqa_jax.train.checkpoint import Checkpoints
+from mqa_jax.train.config import check_config, remarks
 from mqa_jax.train.evaluate import make_evaluate
-from mqa_jax.train.metrics import MetricLog
+from mqa_jax.train.meter import Meter, NoLog
+from mqa_jax.train.metrics import MetricLog, read_metrics
 from mqa_jax.train.processes import Stop, first_process_first, put_batch, row_share
-from mqa_jax.train.setup import set_up, train_flops
+from mqa_jax.train.setup import diagnosis, set_up, train_flops
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later.
 
 
 def train(config: ConfigDict, workdir: str) -> int:
     """Returns the exit code."""
+    check_config(config)
     mesh = make_mesh(**config.mesh)
-    check(config, mesh)
+    check_config(config, mesh.shape)
     with first_process_first():
         path = workdirs.claim(workdir, config)
         data = prepare(config.data)
         tokenizer = Tokenizer.load(workdirs.keep_tokenizer(path, data / "tokenizer.model"))
+
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{data} has ids up to {tokenizer.vocab_size - 1}, the model vectors for "
+            f"{config.model.vocab_size}: raise --config.model.vocab_size"
+        )
 
     settings = config.train
     model, state, train_step, schedule = set_up(config, mesh)
@@ -49,6 +56,8 @@ def train(config: ConfigDict, workdir: str) -> int:
         f"{parameters:,} parameters, {mesh.size} {mesh.devices.flat[0].platform} device(s), "
         f"step {start:,} to {settings.steps:,}"
     )
+    for remark in remarks(config):
+        log.print(remark)
     index, count = row_share(mesh, settings.batch_size)
     batches = loader.train_batches(
         data,
@@ -58,31 +67,40 @@ def train(config: ConfigDict, workdir: str) -> int:
         process_index=index,
         process_count=count,
     )
-    stop = Stop()
-    # The metrics of a step are fetched a step late, so that the device never waits for the host:
-    # but at once where something hangs on whether the step was skipped.
     flops = train_flops(
         model, settings.batch_size, config.data.source_length, config.data.target_length
     )
-    waiting, meter = None, Meter(log, 1e-12 * flops / mesh.size)
-    step, is_stopped = start, False
+    meter = Meter(log, 1e-12 * flops / mesh.size, diagnosis(config, model, mesh))
+    # Were all steps of a run skipped, it would end well with weights that have learnt nothing.
+    most_skipped = min(settings.max_skipped_steps, settings.steps)
+
+    stop, step, is_stopped, validation = Stop(), start, False, {"loss": 0.0}
+    if _lacks_evaluation(path, config, start):
+        validation = evaluate(state.params, log.print)
+        log.write("validation", start, validation)
+        meter.restart()
+    # The metrics of a step are fetched a step late, so that the device never waits for the host:
+    # but at once where something hangs on whether the step was skipped.
+    waiting = None
     while step < settings.steps and not is_stopped:
-        state, metrics = train_step(state, put_batch(mesh, next(batches)))
+        batch = put_batch(mesh, next(batches))
+        state, metrics = train_step(state, batch)
         step += 1
         if waiting:
-            meter.add(*waiting)
-        waiting = step, metrics
+            meter.add(*waiting, state.params)
+        waiting = step, metrics, batch
         is_last, is_stopped = step == settings.steps, stop(step)
         is_logged = step % settings.log_every == 0 or is_last or is_stopped
         is_saved = step % settings.checkpoint_every == 0 or is_last or is_stopped
-        if is_logged or is_saved or meter.skipped_in_a_row + 1 >= settings.max_skipped_steps:
-            meter.add(*waiting)
+        if is_logged or is_saved or meter.skipped_in_a_row + 1 >= most_skipped:
+            meter.add(*waiting, state.params)
             waiting = None
         if is_logged:
+            # What the step was done with: the schedule follows the step, skipped ones or not.
             log.write("train", step, meter.read() | {"learning_rate": schedule(step - 1)})
             checkpoints.check()
         skipped = meter.skipped_in_a_row
-        is_hopeless = skipped >= settings.max_skipped_steps
+        is_hopeless = skipped >= most_skipped
         if is_saved or is_hopeless:
             # From before the skipped steps, so that a resumed run comes to the same end.
             position = step if is_last and not is_hopeless else step - skipped
@@ -91,13 +109,19 @@ def train(config: ConfigDict, workdir: str) -> int:
             checkpoints.close()
             raise RuntimeError(
                 f"the loss or the gradient of {skipped} steps in a row, {position + 1} to {step}, "
-                f"was not finite. The checkpoint of step {position}, before them, is saved: lower "
-                "the learning rate, or look at the data"
+                f"was not finite; of the last: {meter.cause}. The checkpoint of step {position}, "
+                "before them, is saved: lower the learning rate, or look at the data"
             )
         if (step % settings.evaluate_every == 0 and not is_stopped) or is_last:
-            log.write("validation", step, evaluate(state.params, log.print))
+            validation = evaluate(state.params, log.print)
+            log.write("validation", step, validation)
             meter.restart()
     checkpoints.close()
+    if step >= settings.steps and not math.isfinite(validation["loss"]):
+        raise RuntimeError(
+            f"the validation loss of the last step, {step}, is {validation['loss']}: the weights "
+            "are of no use; the checkpoint is saved"
+        )
     is_done = step >= settings.steps
     if not is_done:
         log.print(f"stopped by a signal; the checkpoint of step {position:,} is saved")
@@ -105,76 +129,14 @@ def train(config: ConfigDict, workdir: str) -> int:
     return 0 if is_done else STOPPED
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises a ValueError, before anything is compiled, for sizes that make no sense."""
-    axes = ShardingRules().B
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    if (accumulate := config.train.accumulate) < 1:
-        raise ValueError(f"config.train.accumulate must be at least 1, not {accumulate}")
-    for name, times in (("train", accumulate), ("evaluate", 1)):
-        size = config[name].batch_size
-        if size < 1 or size % (parts * times):
-            raise ValueError(
-                f"config.{name}.batch_size {size} cannot be split over the {parts} parts of the "
-                f"mesh axes {axes} (mesh {dict(mesh.shape)}), {times} at a time: give a multiple "
-                f"of {parts * times}"
-            )
-    if config.train.max_skipped_steps < 1:
-        raise ValueError(f"max_skipped_steps {config.train.max_skipped_steps} is not 1 or more")
-
-
-class NoLog:
-    """What all processes but the first have for a log."""
-
-    def print(self, *_) -> None: ...
-
-    write = close = print
-
-
-class Meter:
-    """Means of the train metrics, and the speed, since the last reading.
-
-    Target tokens a second; model flops a second of a device (`train_flops` has the formula), and
-    their share of its published peak in bfloat16 where that is known: the MFU.
-
-    Args:
-      log: is told of each skipped step.
-      tflop: model flops of a step for each device, in units of 1e12.
-
-    Attributes:
-      skipped_in_a_row: how many of the last steps were skipped.
-    """
-
-    def __init__(self, log: MetricLog | NoLog, tflop: float):
-        self._log, self._tflop = log, tflop
-        self.skipped_in_a_row = 0
-        self.restart()
-
-    def restart(self) -> None:
-        self._started = time.perf_counter()
-        self._seen = []
-
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        metrics = jax.device_get(metrics)
-        self._seen.append(metrics)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
-        if metrics["skipped"]:
-            # The batch as `loader.train_batches` counts them, from 0.
-            figures = {"batch": step - 1, "in_a_row": self.skipped_in_a_row}
-            self._log.write("skipped", step, figures)
-
-    def read(self) -> dict[str, float]:
-        """The means are of the steps that were not skipped, and not there when all were."""
-        figures = {"skipped": sum(metrics["skipped"] for metrics in self._seen)}
-        tokens = sum(int(metrics["tokens"]) for metrics in self._seen)
-        done = [metrics for metrics in self._seen if not metrics["skipped"]]
-        for name in done[0] if done else ():
-            if name not in ("tokens", "skipped"):
-                figures[name] = np.mean([metrics[name] for metrics in done], dtype=np.float64)
-        seconds = time.perf_counter() - self._started
-        figures["tokens_per_second"] = tokens / seconds
-        figures["tflop_per_second"] = self._tflop * len(self._seen) / seconds
-        if peak := PEAK_TFLOP_PER_S.get(jax.devices()[0].device_kind):
-            figures["mfu"] = figures["tflop_per_second"] / peak
-        self.restart()
-        return figures
+def _lacks_evaluation(workdir: Path, config: ConfigDict, step: int) -> bool:
+    """Whether the run ended, by a kill or a signal, between a save and the evaluation behind it."""
+    is_due = step > 0 and (step % config.train.evaluate_every == 0 or step == config.train.steps)
+    if not is_due:
+        return False
+    is_there = jax.process_index() == 0 and any(
+        record["step"] == step and math.isfinite(record.get("loss", math.nan))
+        for record in read_metrics(workdir, "validation")
+    )
+    # The first process keeps the log, and all of them evaluate or none.
+    return not multihost_utils.broadcast_one_to_all(np.bool_(is_there))

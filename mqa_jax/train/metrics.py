@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import sacrebleu
 from tensorboardX import summary
@@ -14,6 +15,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from mqa_jax.core.checks import check_integer
+
+METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 60
 
 
@@ -40,6 +44,27 @@ def _check(hypotheses: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
 
 
+def read_metrics(workdir: str | Path, kind: str) -> list[dict[str, Any]]:
+    """What a run has logged of a `kind` until now, line by line.
+
+    Raises:
+      ValueError: a line is not what `MetricLog` writes.
+    """
+    path, records = Path(workdir) / METRICS, []
+    # Behind the last line break is what a kill has left of a line, if anything.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record["kind"] == kind:
+                records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{path}:{number}: not what a run has written ({error!r}): delete the line"
+            ) from None
+    return records
+
+
 class MetricLog:
     """Writes figures to `metrics.jsonl` and to TensorBoard event files in a working directory.
 
@@ -49,12 +74,17 @@ class MetricLog:
       workdir: an existing directory.
       total_steps: where the progress bar ends.
       step: where it starts.
+
+    Raises:
+      ValueError: a negative number.
     """
 
     def __init__(self, workdir: str | Path, total_steps: int, step: int = 0):
+        check_integer("total_steps", total_steps, least=0)
+        check_integer("step", step, least=0)
         # Line-buffered, so that a killed run loses at most the line being written, of which it may
         # have left a part.
-        path = Path(workdir) / "metrics.jsonl"
+        path = Path(workdir) / METRICS
         path.touch()
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = path.open("a", buffering=1, encoding="utf-8")
@@ -67,8 +97,11 @@ class MetricLog:
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not is_terminal)
         self._step = step
 
-    def write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, kind: str, step: int, figures: Mapping[str, float], *, cause: str = "") -> None:
         """Logs `figures`, of a `kind` such as "train" or "validation", as they are after `step`.
+
+        Args:
+          cause: why they are so, in words, where that is known.
 
         Raises:
           OSError: the disk is full, say; it names a file of the directory.
@@ -76,9 +109,8 @@ class MetricLog:
         figures = {name: float(value) for name, value in figures.items()}
         now = time.time()
         try:
-            self._file.write(
-                json.dumps({"kind": kind, "step": step, "time": now, **figures}) + "\n"
-            )
+            record = {"kind": kind, "step": step, "time": now, **figures}
+            self._file.write(json.dumps(record | ({"cause": cause} if cause else {})) + "\n")
             for name, value in figures.items():
                 scalar = summary.scalar(f"{kind}/{name}", value)
                 self._events.write_event(Event(wall_time=now, step=step, summary=scalar))
@@ -89,6 +121,7 @@ class MetricLog:
             # Python's own message does not say which file.
             raise OSError(error.errno, error.strerror, self._file.name) from None
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        shown += f"  {cause}" if cause else ""
         if self._bar.disable or kind != "train":
             self.print(f"step {step:>7,} {kind:>10}  {shown}")
         else:

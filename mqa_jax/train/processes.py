@@ -1,8 +1,10 @@
 """One training run in several processes: how they meet, what each reads, and when they stop."""
 
 import contextlib
+import ctypes
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -60,21 +62,40 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 class Stop:
-    """Whether to stop behind a step: SIGTERM or SIGINT has come, to this process or to another."""
+    """Whether to stop behind a step: SIGTERM or SIGINT has come, to this process or to another.
+
+    A thread answers the signal, with a word and by making the next SIGINT kill: Python itself acts
+    on one between two of its own instructions, which while XLA compiles is minutes later.
+    """
 
     def __init__(self):
         self._is_one_of_many = jax.process_count() > 1
         self._is_asked = False
-        signal.signal(signal.SIGINT, self._ask)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._answer, args=(reading,), name="stop", daemon=True)
+        thread.start()
+        # Else Python would not tell the thread; that is all that they are for.
+        signal.signal(signal.SIGINT, lambda *_: None)
         if not self._is_one_of_many:
-            signal.signal(signal.SIGTERM, self._ask)
+            signal.signal(signal.SIGTERM, lambda *_: None)
 
-    def _ask(self, number: int, frame) -> None:
-        self._is_asked = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self._is_one_of_many:
-            # Which jax.distributed tells all processes of, and they agree on a step.
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _answer(self, reading: int) -> None:
+        while number := os.read(reading, 1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            self._is_asked = True
+            # The C function behind `signal.signal`, which is for the main thread alone.
+            ctypes.pythonapi.PyOS_setsig(int(signal.SIGINT), None)
+            name = signal.Signals(number[0]).name
+            # Not `print`, whose lock the main thread may hold.
+            word = f"\n{name}: stopping behind this step, with a checkpoint; Ctrl-C again to kill\n"
+            with contextlib.suppress(OSError):
+                os.write(2, word.encode())
+            if self._is_one_of_many:
+                # Which jax.distributed tells all processes of, and they agree on a step.
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def __call__(self, step: int) -> bool:
         if self._is_one_of_many:

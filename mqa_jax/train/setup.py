@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mqa_jax.model.transformer import EncoderDecoder, build_model
+from mqa_jax.train.diagnose import make_diagnosis
 from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
 from mqa_jax.train.state import TrainState, abstract_state, init_state
 from mqa_jax.train.step import Batch, make_train_step
@@ -41,16 +42,18 @@ def set_up(
         model, state = abstract_state(build, optimizer, mesh)
     else:
         model, state = init_state(build, optimizer, mesh, settings.seed)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        state,
-        seed=settings.seed,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        accumulate=settings.accumulate,
-    )
+    train_step = make_train_step(model, optimizer, state, **_step_options(config))
     return model, state, train_step, schedule
+
+
+def diagnosis(config: Any, model: nnx.Module, mesh: Mesh) -> Callable[[nnx.State, Batch, int], str]:
+    """What says why a step of `set_up` was skipped; see `make_diagnosis`."""
+    return make_diagnosis(model, mesh, **_step_options(config))
+
+
+def _step_options(config: Any) -> dict[str, Any]:
+    names = ("seed", "label_smoothing", "z_loss", "accumulate")
+    return {name: config.train[name] for name in names}
 
 
 def train_flops(model: nnx.Module, rows: int, source_length: int, target_length: int) -> int:

@@ -95,6 +95,74 @@ def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | No
     )
 
 
+def dropout_key(seed: int, step: Array) -> Array:
+    """From which the dropout masks of a step are drawn."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def in_parts(batch: Batch, parts: int) -> Batch:
+    """Arrays `[B, ...]` as `[parts, B / parts, ...]`, each row where it lies.
+
+    Raises:
+      ValueError: `parts` does not divide the rows.
+    """
+
+    def of(x: Array) -> Array:
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows cannot be taken in {parts} parts: choose "
+                "train.accumulate so that it divides train.batch_size"
+            )
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(of, dict(batch))
+
+
+def make_gradients(
+    model: nnx.Module,
+    mesh: Mesh,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    accumulate: int = 1,
+    rules: ShardingRules | None = None,
+) -> Callable[[nnx.State, Batch, Array], tuple[nnx.State, Metrics]]:
+    """A function of parameters, batch and key of dropout to the gradients and the sums of the loss.
+
+    The gradients are of the sum over tokens, not of the mean. Arguments as for `make_train_step`.
+    """
+    graphdef = nnx.graphdef(model)
+
+    def loss_fn(params: nnx.State, batch: Batch, key: Array):
+        with on_mesh(mesh, rules or ShardingRules()):
+            logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
+        loss_BT, nll_BT = cross_entropy(
+            logits_BTV, batch["target_tokens"], label_smoothing=label_smoothing, z_loss=z_loss
+        )
+        sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
+        return sums["loss"], sums
+
+    def gradients_and_sums(params: nnx.State, batch: Batch, key: Array):
+        """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
+        gradient = jax.grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            return gradient(params, batch, key)
+
+        def add(total, part_and_key):
+            gradients = gradient(params, *part_and_key)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), None
+
+        parts = in_parts(batch, accumulate), jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
+        # Not in the dtype of the weights: in bfloat16 a sum of 256 parts no longer grows.
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, wide(x)), jax.eval_shape(gradient, params, *first)
+        )
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return gradients_and_sums
+
+
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
@@ -136,46 +204,17 @@ def make_train_step(
     check_integer("accumulate", accumulate)
     check_number("label_smoothing", label_smoothing, least=0, below=1)
     check_number("z_loss", z_loss, least=0)
-    graphdef = nnx.graphdef(model)
-
-    def loss_fn(params: nnx.State, batch: Batch, key: Array):
-        with on_mesh(state.step.sharding.mesh, rules or ShardingRules()):
-            logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
-        loss_BT, nll_BT = cross_entropy(
-            logits_BTV, batch["target_tokens"], label_smoothing=label_smoothing, z_loss=z_loss
-        )
-        sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
-        return sums["loss"], sums
-
-    def gradients_and_sums(params: nnx.State, batch: Batch, key: Array):
-        """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
-        gradient = jax.grad(loss_fn, has_aux=True)
-        if accumulate == 1:
-            return gradient(params, batch, key)
-
-        def part(x: Array) -> Array:
-            """`[B, ...]` to `[accumulate, B / accumulate, ...]`, each row where it lies."""
-            if x.shape[0] % accumulate:
-                raise ValueError(
-                    f"a batch of {x.shape[0]} rows cannot be taken in {accumulate} parts: choose "
-                    "train.accumulate so that it divides train.batch_size"
-                )
-            return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
-
-        def add(total, part_and_key):
-            gradients = gradient(params, *part_and_key)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), None
-
-        parts = jax.tree.map(part, dict(batch)), jax.random.split(key, accumulate)
-        first = jax.tree.map(lambda x: x[0], parts)
-        # Not in the dtype of the weights: in bfloat16 a sum of 256 parts no longer grows.
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, wide(x)), jax.eval_shape(gradient, params, *first)
-        )
-        return jax.lax.scan(add, zeros, parts)[0]
+    gradients_and_sums = make_gradients(
+        model,
+        state.step.sharding.mesh,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        accumulate=accumulate,
+        rules=rules,
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = dropout_key(seed, state.step)
         gradients, sums = gradients_and_sums(state.params, batch, key)
         tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
         # In the dtype of the weights, as any optimizer expects them.

@@ -1,0 +1,113 @@
+"""Why a step was skipped: which rows, which ids, which gradients are not finite.
+
+Array letters: B batch   T target length   V vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mqa_jax.core.sharding import ShardingRules, on_mesh
+from mqa_jax.train.step import (
+    Batch,
+    apply,
+    cross_entropy,
+    dropout_key,
+    in_parts,
+    make_gradients,
+    segments,
+)
+
+SHOWN = 4  # Names, or rows, of each kind.
+
+
+def make_diagnosis(
+    model: nnx.Module,
+    mesh: Mesh,
+    *,
+    seed: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    accumulate: int = 1,
+    rules: ShardingRules | None = None,
+) -> Callable[[nnx.State, Batch, int], str]:
+    """A function that does a step's work again and looks for what was not finite in it.
+
+    Apart from the step, which would be slower for it. Arguments as for `make_train_step`.
+
+    Returns:
+      a function of parameters, batch and the position of the step, from 0, to one line of words.
+      The parameters may be those of a later step: a skipped one leaves them as they are.
+    """
+    options = dict(label_smoothing=label_smoothing, z_loss=z_loss)
+    gradients_of = make_gradients(model, mesh, accumulate=accumulate, rules=rules, **options)
+    graphdef, vocab_size = nnx.graphdef(model), model.config.vocab_size
+
+    def look(params: nnx.State, batch: Batch, position: Array) -> dict[str, dict[str, Array]]:
+        key = dropout_key(seed, position)
+
+        def sentences(part_and_key: tuple[Batch, Array]) -> Array:
+            """`[B]`: the first sentence of each row whose loss is not finite, from 1; else 0."""
+            part, key = part_and_key
+            with on_mesh(mesh, rules or ShardingRules()):
+                logits_BTV = apply(nnx.merge(graphdef, params), part, nnx.Rngs(dropout=key))
+            loss_BT, _ = cross_entropy(logits_BTV, part["target_tokens"], **options)
+            segment_ids_BT, _ = segments(part["target_tokens"])
+            is_bad_BT = ~jnp.isfinite(loss_BT) & (segment_ids_BT > 0)
+            return _first(is_bad_BT, segment_ids_BT)
+
+        if accumulate == 1:
+            sentence_B = sentences((batch, key))
+        else:
+            parts = in_parts(batch, accumulate), jax.random.split(key, accumulate)
+            sentence_B = jnp.moveaxis(jax.lax.map(sentences, parts), 0, 1).reshape(-1)
+        outside = {
+            name: _first((tokens < 0) | (tokens >= vocab_size), tokens)
+            for name, tokens in batch.items()
+        }
+        gradients, _ = gradients_of(params, batch, key)
+        leaves = jax.tree_util.tree_leaves_with_path(gradients)
+        return {
+            "ids": outside,
+            "loss": {"sentence": sentence_B},
+            "gradients": {
+                jax.tree_util.keystr(path, simple=True, separator="/"): jnp.all(jnp.isfinite(x))
+                for path, x in leaves
+            },
+        }
+
+    look = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def diagnose(params: nnx.State, batch: Batch, position: int) -> str:
+        found = jax.device_get(look(params, batch, np.int32(position)))
+        causes = []
+        for name, ids in found["ids"].items():
+            if rows := np.flatnonzero(ids).tolist():
+                shown = _list([f"{row} ({ids[row]})" for row in rows])
+                causes.append(f"{name} of rows {shown} have ids outside of {vocab_size}")
+        sentence = found["loss"]["sentence"]
+        if rows := np.flatnonzero(sentence).tolist():
+            shown = _list([f"{row} (sentence {sentence[row]})" for row in rows])
+            causes.append(f"the loss of rows {shown}")
+        if names := [name for name, is_finite in found["gradients"].items() if not is_finite]:
+            causes.append(f"the gradients of {_list(names)}")
+        return "; ".join(causes) or "nothing that shows again with the weights of now"
+
+    return diagnose
+
+
+def _first(is_bad: Array, values: Array) -> Array:
+    """`[B]`: of each row the value at the first place that is bad; 0 where none is."""
+    index = jnp.argmax(is_bad, axis=1, keepdims=True)
+    first = jnp.take_along_axis(values, index, axis=1)[:, 0]
+    return jnp.where(jnp.any(is_bad, axis=1), first, 0)
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
