@@ -83,9 +83,12 @@ def load_config(text: str, overrides: Mapping[str, Any] | None = None) -> Config
         config = get_config(*[variant] * bool(colon)) if get_config else None
     except Exception as error:
         trace = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError) and trace[-1].filename == path:
+        raised_in = Path(trace[-1].filename)
+        if isinstance(error, ValueError) and (
+            raised_in == Path(path) or PACKAGE in raised_in.parents
+        ):
             raise ValueError(f"{path}: {error}") from None
-        if isinstance(error, TypeError) and trace[-1].filename == __file__:
+        if isinstance(error, TypeError) and raised_in == Path(__file__):
             said = (
                 f"takes no variant, such as {variant!r}" if colon else "needs a variant behind a :"
             )

@@ -74,8 +74,8 @@ def check(args: flags.FlagValues) -> None:
     refuse_idle(
         args,
         [
-            (args.sample, "--sample", "temperature top_k top_p seed"),
-            (args.beam_size > 1, "a --beam_size above 1", "alpha"),
+            (args.sample, "without --sample", "temperature top_k top_p seed"),
+            (args.beam_size > 1, "without a --beam_size above 1", "alpha"),
         ],
     )
     for name, least in dict(batch_size=1, max_new_tokens=1, beam_size=1, top_k=1, seed=0).items():
@@ -111,14 +111,17 @@ def run(args: flags.FlagValues) -> None:
             f"{len(lines)}"
         )
     outputs = []
+    batch_size = args.batch_size
+    if args.on_long != "split":
+        # Rows that are there to fill up a batch cost as much as others.
+        batch_size = max(1, min(batch_size, len(lines)))
     with writing(output) as write:
         model, params = restore(config, workdir / workdirs.CHECKPOINTS)
         decoder = LineDecoder(
             model,
             tokenizer,
             search=build_search(args, EOS_ID),
-            # Rows that are there to fill up a batch cost as much as others.
-            batch_size=max(1, min(args.batch_size, len(lines))),
+            batch_size=batch_size,
             bos_id=BOS_ID,
             max_new_tokens=args.max_new_tokens,
         )
@@ -141,24 +144,24 @@ def writing(path: str | Path) -> Iterator[Callable[[str], None]]:
       OSError: the file cannot be opened or written; it has the name of the file.
     """
     is_standard = path == STANDARD
-    with contextlib.ExitStack() as stack:
-        # Appending leaves what is there, should nothing come of this.
-        file = sys.stdout.buffer if is_standard else stack.enter_context(open(path, "ab"))
-        is_plain = not is_standard and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        is_empty = not is_plain
+    # Appending leaves what is there, should nothing come of this. Without a buffer: what could not
+    # be written would be tried again as the file is closed.
+    target = sys.stdout.fileno() if is_standard else path
+    with open(target, "ab", buffering=0, closefd=not is_standard) as file:
+        is_new = is_standard or not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
 
-        def write(text: str) -> None:
-            nonlocal is_empty
-            if not is_empty:
+        def write(text: str | None) -> None:
+            nonlocal is_new
+            if not is_new:
                 file.truncate(0)
-                is_empty = True
-            file.write(text.encode() + b"\n")
-            file.flush()
+                is_new = True
+            rest = b"" if text is None else text.encode() + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
 
         try:
             yield write
-            if not is_empty:
-                file.truncate(0)  # There was not a single line.
+            write(None)  # Of no lines at all the output is empty, too.
         except BrokenPipeError:
             raise
         except OSError as error:

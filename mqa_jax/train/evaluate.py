@@ -75,9 +75,7 @@ def make_evaluate(
         if sources and jax.process_count() > 1:
             params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
         if sources and jax.process_index() == 0:
-            hypotheses = [""] * len(sources)
-            for i, decoded in decoder(params, sources):
-                hypotheses[i] = tokenizer.decode(decoded.tokens[: decoded.length].tolist())
+            hypotheses = list(decoder.texts(params, sources))
             figures["bleu"], signature = bleu(hypotheses, references)
             figures["exact_match"] = exact_match(hypotheses, references)
             print_line(f"  {sources[0]}  ->  {hypotheses[0]}  (reference: {references[0]})")

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqa_jax import Decoded, DecoderOnly, EncoderDecoder, TransformerConfig, greedy
+from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.decode import lines as module
 from mqa_jax.decode.lines import LineDecoder
 
 BOS, EOS, FIRST = 1, 2, 3
 MAX_LENGTH = 17
 CONFIG = TransformerConfig(
-    vocab_size=259,
+    vocab_size=300,
     d_model=4,
     d_ff=5,
     num_layers=1,
@@ -58,14 +59,14 @@ class Copier(LineDecoder):
         model = make_model(model_type, options.pop("max_length", MAX_LENGTH))
         options = dict(search=greedy, batch_size=2, bos_id=BOS) | options
         super().__init__(model, Bytes(), **options)
-        self.calls = []
+        self.calls, self.continuation = [], Bytes().encode(CONTINUATION)[1:]
 
     def _decode(self, params, prompt_BP, lengths_B, keys_B, limit):
         rows = [row[:length].tolist() for row, length in zip(prompt_BP, lengths_B, strict=True)]
         self.calls.append((rows, keys_B))
         outputs = rows
         if not self._is_translation:
-            outputs = [Bytes().encode(CONTINUATION)[1:] for _ in rows]
+            outputs = [self.continuation for _ in rows]
         tokens = np.zeros((len(rows), max(map(len, outputs))), np.int32)
         for row, output in zip(tokens, outputs, strict=True):
             row[: len(output)] = output
@@ -156,6 +157,19 @@ def test_a_continuation_follows_its_line():
     assert row == [BOS, *Bytes().encode(LONG)[:-1][-11:]] and len(row) == MAX_LENGTH - 5
     with pytest.raises(ValueError, match="on_long=split is for translations"):
         decoder.texts(None, lines, on_long="split")
+
+
+def test_a_continuation_keeps_its_space_with_a_tokenizer_of_sentencepiece(tmp_path):
+    whole = ["one two three", "six four two", "two six one"] * 9
+    tokenizer = Tokenizer.train(whole, tmp_path / "model", vocab_size=275)
+    decoder = Copier(DecoderOnly, max_new_tokens=5)
+    decoder._tokenizer = tokenizer
+    for ids in (tokenizer.encode(" three"), tokenizer.encode("three")):
+        # The second has the mark of a space, too, which SentencePiece puts in front of a text.
+        decoder.continuation = ids
+        (output,) = decoder.texts(None, ["one two"])
+        assert "one two" + output == tokenizer.decode([*tokenizer.encode("one two")[:-1], *ids])
+        assert output.strip() == "three" and output.startswith(" ")
 
 
 def test_outputs_that_reached_the_limit_are_counted():

@@ -203,5 +203,5 @@ def test_an_interrupt_gets_a_word_at_once_though_xla_compiles(project):
 def test_sizes_that_cannot_be_are_refused_at_once(project, override, reason):
     args = train_args(project, "refused", override)
     result = run(*args, cwd=project, devices=4)
-    assert result.returncode == 1 and reason in result.stderr
+    assert result.returncode == 2 and reason in result.stderr
     assert not (project / "refused").exists()

@@ -1,0 +1,95 @@
+"""`benchmark` as a user types it."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from running import ROOT, TINY, behind, command, run_well
+
+from mqa_jax.cli import main
+
+
+def test_benchmark_needs_jax_and_flax_alone(tmp_path):
+    # Not to be found, as where they are not installed. Flax itself wants optax and msgpack.
+    absent = ("grain", "orbax", "sentencepiece", "tensorflow_datasets", "sacrebleu", "tensorboardX")
+    result = run_well(
+        "-c",
+        behind(f"sys.modules.update(dict.fromkeys({absent}))"),
+        ROOT / "decode.py",
+        "--benchmark",
+        *TINY[:7],
+        "--variants=multi_head,multi_query",
+        "--searches=greedy,beam",
+        "--batch_sizes=3",
+        "--context_lengths=40",
+        "--dtypes=float32",
+        "--repeats=2",
+        "--compare=paper",
+        "--output_dir=out",
+        cwd=tmp_path,
+    )
+    assert "multi_query" in result.stdout and "12.11" in result.stdout  # 46 / 3.8, the paper's
+    content = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert len(content["costs"]) == 2 * 2 and content["is_complete"]
+    assert all(cost["step_ms"] > 0 for cost in content["costs"])
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
+        "roofline_greedy_float32",
+        "roofline_beam_float32",
+    }
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
+    args = [*TINY[:7], "--batch_sizes=2,3", "--context_lengths=11,13,17,19", "--output_dir=out"]
+    process = subprocess.Popen(
+        **command("-c", behind(""), ROOT / "decode.py", "--benchmark", *args, cwd=tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    path = tmp_path / "out/benchmark.json"
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 130, errors[-3000:]
+    content = json.loads(path.read_text())
+    assert 1 <= len(content["costs"]) < 4 * 2 * 4 and not content["is_complete"]
+    assert "interrupted" in errors and "The cost of decoding" in printed
+    assert any((tmp_path / "out").glob("roofline_*.png"))
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--variants=multi_query", "--compare=paper"], "and multi_head"),
+        (["--batch_sizes=2,two"], "--batch_sizes takes whole numbers, not ['2', 'two']"),
+        (["--context_lengths=8,1"], "a context length of 1 is too short"),
+        (["--context_lengths=3000000"], "GB, but the device has"),
+        (["--variants=many_query"], "'many_query' is not one of"),
+    ],
+    ids=str,
+)
+def test_a_benchmark_that_cannot_be_is_refused(args, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["decode", "--benchmark", *TINY[:7], "--output_dir=out", *args]) == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*\n", errors) and reason in errors
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_quick_benchmark_is_small_where_no_flag_says_otherwise(tmp_path):
+    options = ["--benchmark", "--quick", *TINY[:7], "--context_lengths=11,13", "--output_dir=out"]
+    run_well(ROOT / "decode.py", *options, cwd=tmp_path)
+    rows = json.loads((tmp_path / "out/benchmark.json").read_text())["costs"]
+    assert [(row["variant"], row["batch"], row["context_length"]) for row in rows] == [
+        ("multi_head", 8, 11),
+        ("multi_head", 8, 13),
+        ("multi_query", 8, 11),
+        ("multi_query", 8, 13),
+    ]
+    assert (tmp_path / f"out/step_cost_greedy_{rows[0]['dtype']}_batch_8.png").exists()

@@ -1,0 +1,70 @@
+"""Training as a user types it: prepare, train, kill, resume; and the quickstart as a whole."""
+
+import signal
+
+import pytest
+from running import (
+    ROOT,
+    Running,
+    checkpoints,
+    losses,
+    records,
+    run,
+    run_well,
+    train,
+    train_args,
+)
+
+
+def test_training_reports_progress_and_leaves_what_decoding_needs(project):
+    assert sorted(losses(project / "run")) == list(range(1, 9))
+    names = {path.name for path in (project / "run").iterdir()}
+    assert {"config.json", "tokenizer.model", "checkpoints", "metrics.jsonl"} <= names
+    assert all(record["tokens_per_second"] > 0 for record in records(project / "run"))
+    (validation,) = records(project / "run", "validation")
+    assert {"loss", "ln_perplexity", "bleu"} <= validation.keys()
+
+
+def test_a_killed_run_resumes_with_the_same_losses(project):
+    # Steps 1 to 3 are in a checkpoint; the kill comes somewhere behind it.
+    with Running(project, "killed") as killed:
+        killed.until(lambda: checkpoints(killed.workdir) and len(losses(killed.workdir)) >= 4)
+        killed.send(signal.SIGKILL)
+    result = train(project, "killed")
+    assert "step 0 to 8" not in result.stdout
+    assert losses(project / "killed") == losses(project / "run")
+
+
+def test_a_finished_run_is_left_as_it_is(project):
+    before = (project / "run/metrics.jsonl").read_text()
+    train(project, "run")
+    assert (project / "run/metrics.jsonl").read_text() == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(project):
+    args = train_args(project, "run", "--config.train.seed=5", "--config.model.window=3")
+    result = run(*args, cwd=project)
+    assert result.returncode != 0
+    assert "config.train.seed: 0 there, 5 asked" in result.stderr
+    assert "config.model.window: None there, 3 asked" in result.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_learns_to_translate_phrases_it_has_never_seen(tmp_path):
+    run_well(
+        ROOT / "train.py", f"--config={ROOT}/configs/quickstart.py", "--workdir=run", cwd=tmp_path
+    )
+    data = tmp_path / "data/number_phrases"
+    result = run_well(
+        ROOT / "decode.py",
+        "--workdir=run",
+        f"--input={data}/test.en.txt",
+        "--output=out.txt",
+        f"--reference={data}/test.de.txt",
+        cwd=tmp_path,
+    )
+    outputs = (tmp_path / "out.txt").read_text().splitlines()
+    references = (data / "test.de.txt").read_text().splitlines()
+    pairs = list(zip(outputs, references, strict=True))
+    assert len(pairs) >= 500
+    assert sum(a == b for a, b in pairs) >= 0.98 * len(pairs), result.stderr
