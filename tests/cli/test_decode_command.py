@@ -159,21 +159,19 @@ def many(project, tmp_path):
 
 def test_a_kill_leaves_the_lines_that_are_done(many, tmp_path):
     output = tmp_path / "out"
-    process = subprocess.Popen(**command(*many, f"--output={output}", cwd=tmp_path))
-    deadline = time.monotonic() + 600
-    while not (output.exists() and output.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    with subprocess.Popen(**command(*many, f"--output={output}", cwd=tmp_path)) as process:
+        deadline = time.monotonic() + 600
+        while not (output.exists() and output.stat().st_size):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
     lines = output.read_bytes().split(b"\n")
     assert 2 <= len(lines) < 3000 and len({*lines[:-1]}) == 1
 
 
 def test_a_reader_that_has_seen_enough_ends_it_in_silence(many, tmp_path):
-    process = subprocess.Popen(
-        **command(*many, cwd=tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline().endswith("\n")
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=600) == 141
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(**command(*many, cwd=tmp_path), **streams) as process:
+        assert process.stdout.readline().endswith("\n")
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=600) == 141
