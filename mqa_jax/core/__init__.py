@@ -1,2 +1,2 @@
 """What everything stands on: the mesh (`sharding`), the product with a weight (`linear`),
-`dropout`, and what is published of `devices`. Knows nothing of attention."""
+`dropout`, what is published of `devices`, the fields of a `config`. Knows nothing of attention."""

@@ -107,8 +107,9 @@ class Embedding(nnx.Module):
         ids = jnp.where(ids < 0, num_embeddings, ids)
         # Cast behind the lookup, so that the gradients of a token that occurs a thousand times are
         # summed in the table's own precision (and, on a GPU, without bfloat16's slow atomics).
-        vectors = self.table[...].at[ids].get(mode="fill", fill_value=jnp.nan)
-        return vectors.astype(self.dtype)
+        table = self.table[...]
+        lookup = _lookup_narrow if jnp.finfo(table.dtype).bits < 32 else _lookup
+        return lookup(table, ids).astype(self.dtype)
 
     @automatic(lambda self, x_BTD: logits_spec(self.table, *spec(x_BTD)[:-1]))
     def logits(self, x_BTD: Array) -> Array:
@@ -116,6 +117,30 @@ class Embedding(nnx.Module):
         table_VD = self.table[...].astype(self.dtype)
         x_BTD = x_BTD.astype(self.dtype) * jnp.asarray(table_VD.shape[1] ** -0.5, self.dtype)
         return linear(x_BTD, table_VD, output_dtype=jnp.float32)
+
+
+def _lookup(table_VD: Array, ids: Array) -> Array:
+    return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+@jax.custom_vjp
+def _lookup_narrow(table_VD: Array, ids: Array) -> Array:
+    """As `_lookup`, of a table in bfloat16, say; its gradient is summed in float32 all the same."""
+    return _lookup(table_VD, ids)
+
+
+def _lookup_forward(table_VD: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _lookup(table_VD, ids), (table_VD, ids)
+
+
+def _lookup_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    table_VD, ids = residuals
+    zeros_VD = jnp.zeros(table_VD.shape, jnp.float32)
+    sums_VD = zeros_VD.at[ids].add(gradient.astype(jnp.float32), mode="drop")
+    return sums_VD.astype(table_VD.dtype), None
+
+
+_lookup_narrow.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Softmax(nnx.Module):

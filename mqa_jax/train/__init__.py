@@ -1,5 +1,5 @@
 """Training: `optimizer`, `state`, `step` and `setup` make the jitted update; `loop` runs it, with
-`evaluate`, `checkpoint`, `metrics`, `processes` and `workdir` around it."""
+`config`, `evaluate`, `checkpoint`, `meter`, `metrics`, `diagnose`, `processes` and `workdir`."""
 
 from mqa_jax.core.extras import require
 

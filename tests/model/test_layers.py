@@ -65,13 +65,22 @@ def test_embedding_looks_up_rows():
     np.testing.assert_array_equal(table(ids), np.asarray(table.table[...])[np.asarray(ids)])
 
 
-def test_gradients_of_a_frequent_id_add_up_in_the_tables_precision():
-    """In bfloat16 the sum would end at 256."""
-    table = Embedding(V, D, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    ids = jnp.full(1000, 4)
-    gradient = nnx.grad(lambda table: table(ids).sum(dtype=jnp.float32))(table)
-    expected = np.zeros((V, D)) + 1000.0 * (np.arange(V) == 4)[:, None]
-    np.testing.assert_array_equal(gradient.table[...], expected)
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_of_a_frequent_id_add_up_in_float32(dtype, param_dtype):
+    """In bfloat16 the sum of ones would stop at 256."""
+    table = Embedding(5, 3, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    ids = jnp.concatenate([jnp.full(1000, 4), jnp.array([0, 5, -1])])
+
+    def total(weights):
+        vectors = nnx.merge(nnx.graphdef(table), weights)(ids)
+        return jnp.sum(vectors[:1001].astype(jnp.float32))
+
+    (gradient,) = jax.tree.leaves(jax.grad(total)(nnx.state(table)))
+    expected = np.zeros((5, 3))
+    expected[4], expected[0] = 1000, 1
+    assert gradient.dtype == param_dtype
+    np.testing.assert_array_equal(gradient.astype("float32"), expected)
 
 
 @pytest.mark.parametrize("bad", [-1, -11, 11, 2**30])
