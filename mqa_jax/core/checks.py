@@ -39,7 +39,7 @@ def check_number(
     """
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         number = math.nan
     limits = {
         "above": (above, lambda limit: number > limit),

@@ -1,15 +1,23 @@
 """Beam search, and what it asks of a cache. The head of `search` says what a model brings.
 
 Array letters: B batch   V vocabulary   L max_new_tokens   b beam   R rows, B * b   c candidates
+E ids that end a hypothesis
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.explicit import automatic, explicit, spec
-from mqa_jax.decode.search import Cache, Decoded, StepFn, check_search
+from mqa_jax.decode.arguments import EndIds, check_search
+from mqa_jax.decode.search import Cache, Decoded, StepFn
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def length_penalty(length: Array | int, alpha: float) -> Array | float:
@@ -53,7 +61,7 @@ def beam_search(
     *,
     beam_size: int,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: EndIds = None,
     alpha: float = 0.6,
     pad_id: int = 0,
 ) -> Decoded:
@@ -67,6 +75,7 @@ def beam_search(
     Args:
       beam_size: `b`. With 1 this is greedy decoding, except that the search goes on behind an
         end-of-sentence that is not the most probable token.
+      eos_id: as for `greedy`; None: the best hypotheses of `L` tokens.
       alpha: exponent of the length penalty, at least 0; the paper uses 0.6.
       Others: as `greedy`. `cache` has `B` rows; it is expanded to `B * b` here.
 
@@ -75,18 +84,16 @@ def beam_search(
       given only where fewer than `b` have ended, behind those.
 
     Raises:
-      ValueError: `beam_size` below 1, `alpha` below 0, and as `greedy`.
+      ValueError: `beam_size` below 1, `alpha` below 0 or so large that scores are no numbers any
+        more, and as `greedy`.
     """
-    if beam_size < 1:
-        raise ValueError(f"beam_size must be at least 1, not {beam_size}")
-    if not alpha >= 0:
-        raise ValueError(
-            f"alpha must be at least 0, not {alpha}: below that, longer hypotheses would be "
-            "punished twice and the search could not tell when to stop"
-        )
-    vocab_size = check_search(step_fn, cache, tokens_B, max_new_tokens, eos_id)
-    if vocab_size < 2:
-        raise ValueError(f"a vocabulary of {vocab_size} token leaves nothing to search")
+    check_integer("beam_size", beam_size)
+    ends_E = check_search(step_fn, cache, tokens_B, max_new_tokens, eos_id, pad_id)
+    if not isinstance(alpha, jax.core.Tracer):
+        # Below 0 longer hypotheses would be punished twice, and no one could tell when to stop.
+        alpha = check_number("alpha", alpha, least=0)
+        if alpha * math.log(length_penalty(max_new_tokens, 1)) > math.log(_LARGEST):
+            raise ValueError(f"alpha={alpha} makes length penalties that are no float32 any more")
     cache = expand(cache, beam_size)
     return _search(
         explicit(step_fn, tokens_B, cache),
@@ -94,16 +101,15 @@ def beam_search(
         tokens_B,
         beam_size=beam_size,
         max_new_tokens=max_new_tokens,
-        eos_id=eos_id,
+        ends_E=ends_E,
         alpha=alpha,
         pad_id=pad_id,
-        vocab_size=vocab_size,
     )
 
 
 def _decoded_spec(tokens_B: Array, **_) -> Decoded:
     batch, no_split = spec(tokens_B), PartitionSpec()
-    return Decoded(batch, batch, no_split, batch)
+    return Decoded(batch, batch, no_split, batch, is_finite=batch)
 
 
 @automatic(_decoded_spec)
@@ -114,33 +120,48 @@ def _search(
     *,
     beam_size: int,
     max_new_tokens: int,
-    eos_id: int,
+    ends_E: Array,
     alpha: float,
     pad_id: int,
-    vocab_size: int,
 ) -> Decoded:
     """The loop of `beam_search`, over a cache of `B * b` rows."""
     batch = tokens_B.shape[0]
     rows_B1 = jnp.arange(batch)[:, None]
 
-    def is_running(state):
-        step, _, _, live_Bb, _, finished_Bb, _, _ = state
+    def is_open(live_Bb: Array, finished_Bb: Array, is_finite_B: Array) -> Array:
+        """`[B]`, whether a live hypothesis can still enter the finished ones."""
         reachable_B = live_Bb[:, 0] / length_penalty(max_new_tokens, alpha)
-        return (step < max_new_tokens) & jnp.any(reachable_B > finished_Bb[:, -1])
+        return is_finite_B & (reachable_B > finished_Bb[:, -1])
+
+    def is_running(state):
+        step, _, hypotheses, is_finite_B, _ = state
+        _, live_Bb, _, finished_Bb, _, _ = hypotheses
+        return (step < max_new_tokens) & jnp.any(is_open(live_Bb, finished_Bb, is_finite_B))
 
     def advance(state):
-        step, tokens_R, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, cache = state
+        step, tokens_R, hypotheses, is_finite_B, cache = state
+        live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, live_length_B = hypotheses
         logits_RV, cache = step_fn(tokens_R, cache)
         log_prob_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
-        candidate_BbV = live_Bb[:, :, None] + log_prob_RV.reshape(batch, beam_size, vocab_size)
+        log_prob_BbV = log_prob_RV.reshape(batch, beam_size, -1)
+        vocab_size = log_prob_BbV.shape[-1]
 
-        # At most one candidate of a beam ends it, so the best 2b hold at least b that do not.
-        score_Bc, index_Bc = lax.top_k(candidate_BbV.reshape(batch, -1), 2 * beam_size)
+        # NaN, infinity, or minus infinity throughout: all of its log-probabilities are NaN then.
+        is_nan_Bb = jnp.isnan(log_prob_BbV[:, :, 0])
+        is_open_B = is_open(live_Bb, finished_Bb, is_finite_B)
+        is_finite_B &= ~(is_open_B & jnp.any(is_nan_Bb & (live_Bb > -jnp.inf), axis=1))
+        candidate_BbV = jnp.where(
+            is_nan_Bb[:, :, None], -jnp.inf, live_Bb[:, :, None] + log_prob_BbV
+        )
+
+        # At most E candidates of a beam end it, so the best (1 + E) b hold b that do not.
+        count = min((1 + ends_E.size) * beam_size, beam_size * vocab_size)
+        score_Bc, index_Bc = lax.top_k(candidate_BbV.reshape(batch, -1), count)
         parent_Bc, token_Bc = index_Bc // vocab_size, index_Bc % vocab_size
         candidate_BcL = lax.dynamic_update_index_in_dim(
             live_BbL[rows_B1, parent_Bc], token_Bc, step, axis=2
         )
-        is_end_Bc = token_Bc == eos_id
+        is_end_Bc = jnp.isin(token_Bc, ends_E)
 
         ended_Bc = jnp.where(
             is_end_Bc, score_Bc / length_penalty((step + 1).astype(jnp.float32), alpha), -jnp.inf
@@ -156,22 +177,36 @@ def _search(
         live_BbL = candidate_BcL[rows_B1, best_Bb]
         cache = reorder(cache, parent_Bc[rows_B1, best_Bb])
         tokens_R = token_Bc[rows_B1, best_Bb].reshape(-1)
-        return step + 1, tokens_R, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, cache
+
+        # What a row has come to stays where its search is over, or met what is no number.
+        new = (live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, live_length_B + 1)
+        goes_on_B = is_open_B & is_finite_B
+        hypotheses = jax.tree.map(
+            lambda new, old: jnp.where(jnp.expand_dims(goes_on_B, range(1, new.ndim)), new, old),
+            new,
+            hypotheses,
+        )
+        return step + 1, tokens_R, hypotheses, is_finite_B, cache
 
     padding_BbL = jnp.full((batch, beam_size, max_new_tokens), pad_id, jnp.int32)
     nothing_Bb = jnp.full((batch, beam_size), -jnp.inf)
-    state = (
-        jnp.int32(0),
-        jnp.repeat(tokens_B.astype(jnp.int32), beam_size),
+    hypotheses = (
         padding_BbL,
         nothing_Bb.at[:, 0].set(0.0),  # All beams start alike: only the first may have offspring.
         padding_BbL,
         nothing_Bb,
         jnp.zeros((batch, beam_size), jnp.int32),
+        jnp.zeros(batch, jnp.int32),
+    )
+    state = (
+        jnp.int32(0),
+        jnp.repeat(jnp.asarray(tokens_B, jnp.int32), beam_size),
+        hypotheses,
+        jnp.ones(batch, bool),
         cache,
     )
-    state = lax.while_loop(is_running, advance, state)
-    steps, _, live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, _ = state
+    steps, _, hypotheses, is_finite_B, _ = lax.while_loop(is_running, advance, state)
+    live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, live_length_B = hypotheses
 
     # Live hypotheses are of use only where finished ones are missing: they rank behind those there.
     live_Bb /= length_penalty(max_new_tokens, alpha)
@@ -180,5 +215,14 @@ def _search(
     order_Bb = jnp.argsort(rank_Bc, axis=1, stable=True)[:, :beam_size]
     tokens_BbL = jnp.concatenate([finished_BbL, live_BbL], axis=1)[rows_B1, order_Bb]
     score_Bb = jnp.concatenate([finished_Bb, live_Bb], axis=1)[rows_B1, order_Bb]
-    length_Bb = jnp.concatenate([length_Bb, jnp.full_like(length_Bb, steps)], axis=1)
-    return Decoded(tokens_BbL, length_Bb[rows_B1, order_Bb], steps, score_Bb)
+    live_length_Bb = jnp.broadcast_to(live_length_B[:, None], length_Bb.shape)
+    length_Bb = jnp.concatenate([length_Bb, live_length_Bb], axis=1)[rows_B1, order_Bb]
+    # A hypothesis that does not exist has no tokens.
+    is_there_Bb = score_Bb > -jnp.inf
+    return Decoded(
+        jnp.where(is_there_Bb[:, :, None], tokens_BbL, pad_id),
+        jnp.where(is_there_Bb, length_Bb, 0),
+        steps,
+        score_Bb,
+        is_finite=is_finite_B,
+    )

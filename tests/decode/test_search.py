@@ -1,117 +1,36 @@
-"""Greedy decoding, sampling and beam search over hand-made models.
+"""Greedy decoding and sampling over hand-made models, and what all searches are asked.
 
-B batch   V vocabulary   L max_new_tokens   b beam   R rows   D hidden
+B batch   V vocabulary   L max_new_tokens   R rows
 """
 
 import functools
-import itertools
 import textwrap
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import io_callback
+from toy_models import (
+    EOS,
+    FOLLOWS,
+    SEARCHES,
+    START,
+    Chain,
+    Historian,
+    decode,
+    property_test,
+    random_model,
+    seeds,
+    successors,
+)
 
-from mqa_jax import DecoderOnly, EncoderDecoder, TransformerConfig, beam_search, greedy, sample
-from mqa_jax.decode import logits
+from mqa_jax import DecoderOnly, TransformerConfig, beam_search, greedy, sample
 from mqa_jax.decode import search as search_module
 
-EOS = 2
-# Scores are sums of a few float32 log-probabilities.
-CLOSE = dict(rtol=1e-5, atol=1e-5)
-START = np.array([1, 4], np.int32)
-seeds = st.integers(0, 2**31)
-
-
-def property_test(max_examples):
-    return settings(derandomize=True, deadline=None, max_examples=max_examples)
-
-
-class Chain(NamedTuple):
-    """A Markov chain; its logits hang on the position too."""
-
-    logits_LVV: jax.Array
-
-    def cache(self, batch):
-        return {"position": jnp.zeros(batch, jnp.int32)}
-
-    def step(self, tokens_R, cache):
-        position_R = cache["position"]
-        return self.logits_LVV[position_R, tokens_R], {"position": position_R + 1}
-
-
-class Historian(NamedTuple):
-    """Logits that hang on every token so far, which the cache keeps: a wrong reorder shows."""
-
-    embed_LVD: jax.Array
-    out_DV: jax.Array
-    bias_V: jax.Array
-
-    @classmethod
-    def random(cls, seed, length, vocab_size, eos_bias=0.0):
-        rng = np.random.default_rng(seed)
-        embed, out = rng.normal(size=(length, vocab_size, 5)), rng.normal(size=(5, vocab_size))
-        bias = eos_bias * np.eye(vocab_size)[EOS % vocab_size]
-        return cls(*(jnp.asarray(x, jnp.float32) for x in (embed, out, bias)))
-
-    def cache(self, batch):
-        history_BL = jnp.zeros((batch, self.embed_LVD.shape[0]), jnp.int32)
-        return {"history": history_BL, "length": jnp.zeros(batch, jnp.int32)}
-
-    def step(self, tokens_R, cache):
-        (rows, length), at_R = cache["history"].shape, cache["length"]
-        history_RL = cache["history"].at[jnp.arange(rows), at_R].set(tokens_R)
-        x_RLD = self.embed_LVD[jnp.arange(length)[None], history_RL]
-        is_past_RL = jnp.arange(length)[None] <= at_R[:, None]
-        x_RD = jnp.sum(jnp.where(is_past_RL[..., None], x_RLD, 0.0), axis=1)
-        logits_RV = jnp.tanh(x_RD) @ self.out_DV + self.bias_V[None]
-        return logits_RV, {"history": history_RL, "length": at_R + 1}
-
-    def log_prob(self, history):
-        """The same for one history, in float64."""
-        embed, out, bias = (np.asarray(x, np.float64) for x in self)
-        logits = np.tanh(sum(embed[i, token] for i, token in enumerate(history))) @ out + bias
-        return logits - np.log(np.sum(np.exp(logits)))
-
-
-@functools.cache
-def compiled(search, **options):
-    def run(model, tokens_B, **arrays):
-        cache = model.cache(tokens_B.shape[0])
-        return search(model.step, cache, tokens_B, **options, **arrays)
-
-    return jax.jit(run)
-
-
-def decode(search, model, tokens, *, key=None, **options):
-    """`search` under `jax.jit`, compiled once for all models of like shape; results in NumPy."""
-    arrays = {} if key is None else {"key": key}
-    return jax.device_get(compiled(search, **options)(model, jnp.asarray(tokens), **arrays))
-
-
-SEARCHES = {
-    "greedy": greedy,
-    "sample": functools.partial(sample, key=jax.random.key(0)),
-    "beam_search": functools.partial(beam_search, beam_size=3),
-}
-
-
 # Greedy
-
-
-def successors(vocab_size, follows, length):
-    logits_VV = np.random.default_rng(0).normal(size=(vocab_size, vocab_size))
-    for token, successor in follows.items():
-        logits_VV[token, successor] = 9.0
-    return Chain(jnp.asarray(np.broadcast_to(logits_VV, (length, *logits_VV.shape)), jnp.float32))
-
-
-FOLLOWS = {0: 6, 1: 3, 2: 4, 3: 5, 4: 2, 5: 2, 6: 0}
 
 
 @pytest.mark.parametrize("pad", [0, 1])
@@ -200,30 +119,43 @@ def test_sample_draws_the_right_tokens_only(options, support):
     np.testing.assert_allclose(frequencies, expected / expected.sum(), rtol=0, atol=0.032)
 
 
-@given(
-    st.lists(st.integers(-9, 9), min_size=1, max_size=9),
-    st.none() | st.integers(1, 11),
-    st.none() | st.floats(1e-6, 0.999),
-)
-@property_test(60)
-def test_top_k_and_top_p_keep_the_right_support(logits, top_k, top_p):
-    kept = np.array(logits, np.float64)
-    if top_k is not None:
-        kept[kept < np.sort(kept)[::-1][: len(kept)][min(top_k, len(kept)) - 1]] = -np.inf
-    if top_p is not None:
-        probability = np.exp(kept) / np.exp(kept).sum()
-        above = np.array([probability[kept > x].sum() for x in kept])
-        assume(np.all(np.abs(above - top_p) > 1e-5))  # Else rounding decides.
-        kept[above >= top_p] = -np.inf
-    logits_BV = jnp.array([logits, logits[::-1]], jnp.float32)
-    actual = logits.keep_probable(logits_BV, top_k, top_p)
-    np.testing.assert_array_equal(actual, [kept, kept[::-1]])
+def test_numbers_that_are_traced_and_one_a_row():
+    """One compiled program serves all temperatures; what is out of range draws nothing."""
+    model, key = Historian.random(0, length=6, vocab_size=7), jax.random.key(3)
+    tokens_B = jnp.array([1, 4, 4])
+
+    @jax.jit
+    def draw(temperature, top_p):
+        options = dict(max_new_tokens=6, temperature=temperature, top_p=top_p)
+        return sample(model.step, model.cache(3), tokens_B, key=key, **options)
+
+    temperatures, shares = np.array([0.3, 3.0, 1e-30]), np.array([1.0, 0.6, 0.9])
+    together = draw(*(x.astype(np.float32) for x in (temperatures, shares)))
+    assert np.all(together.is_finite)
+    for row, numbers in enumerate(zip(temperatures, shares, strict=True)):
+        options = dict(zip(["temperature", "top_p"], map(float, numbers), strict=True))
+        alone = decode(sample, model, tokens_B, key=key, max_new_tokens=6, **options)
+        np.testing.assert_array_equal(alone.tokens[row], together.tokens[row])
+        np.testing.assert_array_equal(draw(*map(jnp.float32, numbers)).tokens, alone.tokens)
+    for number in (-1.0, 0.0, np.nan, np.inf):
+        legal = number == np.inf
+        assert np.all(draw(jnp.float32(number), jnp.float32(0.6)).is_finite == legal)
+        nothing = draw(jnp.float32(0.6), jnp.array([0.5, number, 0.5], jnp.float32))
+        np.testing.assert_array_equal(nothing.is_finite, [True, False, True])
+        np.testing.assert_array_equal(nothing.length, [6, 0, 6])
+        assert not np.any(nothing.tokens[1])
 
 
-def test_top_p_of_one_leaves_nothing_out():
-    # In float32 the first two of these add up to one: the cumulated sum says nothing of the rest.
-    logits_BV = jnp.array([[-1.0, 0.0, -20.0, -25.0]])
-    np.testing.assert_array_equal(logits.keep_probable(logits_BV, None, 1.0), logits_BV)
+def test_keys_of_both_kinds():
+    model, options = Historian.random(0, 5, 7), dict(max_new_tokens=5)
+    new, old = jax.random.key(3), jax.random.PRNGKey(3)
+    draw = functools.partial(decode, sample, model, [1, 4], **options)
+    np.testing.assert_array_equal(draw(key=new).tokens, draw(key=old).tokens)
+    apart = [draw(key=jax.random.split(key)).tokens for key in (new, old)]
+    np.testing.assert_array_equal(*apart)
+    for wrong in (0, jnp.int32(0), jnp.zeros(3, jnp.uint32), jnp.zeros((2, 2))):
+        with pytest.raises(ValueError, match="made by jax.random.key"):
+            sample(model.step, model.cache(2), jnp.zeros(2, jnp.int32), key=wrong, **options)
 
 
 def test_sample_is_reproducible():
@@ -247,204 +179,158 @@ def test_rows_with_keys_of_their_own_do_not_depend_on_each_other():
         np.testing.assert_array_equal(apart.length, together.length[rows])
 
 
-# Beam search
+# What is no number
 
 
-def penalty(length, alpha):
-    return ((5 + length) / 6) ** alpha
+def plain_search(model, start, length, ends, noise_LV=None):
+    """In float64, one token at a time: the most probable ones, or with Gumbel's noise a sample."""
+    history = [start]
+    for step in range(length):
+        log_prob_V = model.log_prob(history)
+        if np.any(np.isnan(log_prob_V)):
+            return history[1:], False
+        noise_V = 0 if noise_LV is None else noise_LV[step]
+        history.append(int(np.argmax(log_prob_V / 0.7 + noise_V)))
+        if history[-1] in ends:
+            break
+    return history[1:], True
 
 
-def reference_beam_search(model, start, beam_size, length, alpha):
-    """The same algorithm on lists, without an early stop; and the step it could have stopped at."""
-    live, finished, stop = [(0.0, (start,))], [], None
-    for step in range(1, length + 1):
-        candidates = [
-            (score + log_prob, (*history, token))
-            for score, history in live
-            for token, log_prob in enumerate(model.log_prob(history))
-        ]
-        best = sorted(candidates, reverse=True)[: 2 * beam_size]
-        ended = [(score / penalty(step, alpha), h) for score, h in best if h[-1] == EOS]
-        finished = sorted(finished + ended, reverse=True)[:beam_size]
-        live = [(score, h) for score, h in best if h[-1] != EOS][:beam_size]
-        is_over = len(finished) == beam_size and (
-            not live or live[0][0] / penalty(length, alpha) <= finished[-1][0]
-        )
-        stop = stop or (step if is_over or step == length else None)
-    live = [(score / penalty(length, alpha), h) for score, h in live]
-    return (finished + live)[:beam_size], stop
+@pytest.mark.parametrize("ends", [(), (EOS,), (EOS, 5)])
+@given(
+    seed=seeds,
+    holes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=4),
+    is_sampled=st.booleans(),
+)
+@property_test(30)
+def test_searches_are_plain_loops(ends, seed, holes, is_sampled):
+    """Holes: a token at a position makes NaN of all that follows, as where a cache overflows."""
+    length, vocab = 6, 7
+    model, eos_id = Historian.random(seed, length, vocab, holes=holes), ends or None
+    options, noise_BLV = dict(max_new_tokens=length, eos_id=eos_id), [None, None]
+    if is_sampled:
+        keys_B = jax.random.split(jax.random.key(seed), 2)
+        steps_L = jnp.arange(length)
+        keys_BL = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, steps_L)
+        noise_BLV = np.array(jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, (vocab,))))(keys_BL))
+        decoded = decode(sample, model, START, key=keys_B, temperature=0.7, **options)
+    else:
+        decoded = decode(greedy, model, START, **options)
+    for row, token in enumerate(START.tolist()):
+        expected, is_finite = plain_search(model, token, length, ends, noise_BLV[row])
+        padded = expected + [0] * (length - len(expected))
+        np.testing.assert_array_equal(decoded.tokens[row], padded)
+        assert decoded.length[row] == len(expected)
+        assert decoded.is_finite[row] == is_finite
 
 
-def all_hypotheses(model, start, vocab_size, length, alpha):
-    """Every hypothesis there is, those that end in front, both best first."""
-    ended, unended = [], []
-    for size in range(1, length + 1):
-        for tokens in itertools.product(range(vocab_size), repeat=size):
-            is_ended = tokens[-1] == EOS
-            if EOS in tokens[:-1] or not (is_ended or size == length):
-                continue
-            history = (start, *tokens)
-            score = sum(model.log_prob(history[: i + 1])[t] for i, t in enumerate(tokens))
-            (ended if is_ended else unended).append((score / penalty(size, alpha), history))
-    return sorted(ended, reverse=True) + sorted(unended, reverse=True)
+BAD = {
+    "one NaN": lambda logits_RV: logits_RV.at[:, 3].set(jnp.nan),
+    "NaN": lambda logits_RV: jnp.full_like(logits_RV, jnp.nan),
+    "infinity": lambda logits_RV: logits_RV.at[:, 3].set(jnp.inf),
+    "nothing": lambda logits_RV: jnp.full_like(logits_RV, -jnp.inf),
+}
 
 
-def check_hypotheses(decoded, row, expected):
-    """`expected`, best first; where there are fewer than the beam is wide, no others exist."""
-    beam_size, length = decoded.tokens.shape[1:]
-    assert len(expected) <= beam_size
-    scores = [score for score, _ in expected]
-    np.testing.assert_allclose(decoded.score[row, : len(expected)], scores, **CLOSE)
-    np.testing.assert_array_equal(decoded.score[row, len(expected) :], -np.inf)
-    for i, (_, (_, *tokens)) in enumerate(expected):
-        padded = tokens + [0] * (length - len(tokens))
-        np.testing.assert_array_equal(decoded.tokens[row, i], padded)
-        assert decoded.length[row, i] == len(tokens)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
-def test_a_wide_beam_finds_all_hypotheses_in_order(alpha):
-    # 1 + 2 + 4 + 8 hypotheses that end within 4 tokens, and 16 that do not.
-    vocab, length, beam, start = 3, 4, 31, [1, 0]
-    for seed in range(3):
-        model = Historian.random(seed, length, vocab)
-        options = dict(beam_size=beam, max_new_tokens=length, eos_id=EOS, alpha=alpha)
-        decoded = decode(beam_search, model, start, **options)
-        for row, token in enumerate(start):
-            expected = all_hypotheses(model, token, vocab, length, alpha)
-            assert len(expected) == beam
-            check_hypotheses(decoded, row, expected)
-
-
-@pytest.mark.parametrize("beam, alpha", [(1, 0.6), (2, 1.0), (3, 0.0), (4, 0.6)])
-@given(seed=seeds, eos_bias=st.sampled_from([-2.0, 0.0, 2.0]))
-@property_test(25)
-def test_a_narrow_beam_is_the_reference_and_stops_when_it_can(beam, alpha, seed, eos_bias):
-    vocab, length, start = 7, 6, [1, 4]
-    model = Historian.random(seed, length, vocab, eos_bias)
-    options = dict(beam_size=beam, max_new_tokens=length, eos_id=EOS, alpha=alpha)
-    decoded = decode(beam_search, model, start, **options)
-    stops = []
-    for row, token in enumerate(start):
-        expected, stop = reference_beam_search(model, token, beam, length, alpha)
-        check_hypotheses(decoded, row, expected)
-        stops.append(stop)
-    assert decoded.steps == max(stops)
-
-
-def test_the_early_stop_is_early_at_times():
-    stops = {
-        reference_beam_search(Historian.random(s, 6, 7, 2.0), 1, 3, 6, 0.0)[1] for s in range(9)
-    }
-    assert len(stops) > 1 and min(stops) < 6
-
-
-def test_a_long_hypothesis_may_overtake_by_the_length_penalty():
-    # From 1: the end with 0.5, or with 0.3 a way of certain tokens that ends ten tokens later.
-    sure, length = 40.0, 10
-    logits_VV = np.full((14, 14), -sure, np.float32)
-    logits_VV[1, [EOS, 3, 0]] = np.log([0.5, 0.3, 0.2])
-    for token in range(3, 12):
-        logits_VV[token, EOS if token == 11 else token + 1] = sure
-    logits_VV[0, 0] = sure
-    model = Chain(jnp.asarray(np.broadcast_to(logits_VV, (length, 14, 14))))
-    options = dict(beam_size=1, max_new_tokens=length, eos_id=EOS)
-    short = decode(beam_search, model, [1], alpha=0.0, **options)
-    np.testing.assert_array_equal(short.tokens, [[[EOS] + [0] * 9]])
-    np.testing.assert_allclose(short.score, [[np.log(0.5)]], **CLOSE)
-    assert short.steps == 1
-    long = decode(beam_search, model, [1], alpha=1.0, **options)
-    np.testing.assert_array_equal(long.tokens, [[[*range(3, 12), EOS]]])
-    np.testing.assert_allclose(long.score, [[np.log(0.3) / 2.5]], **CLOSE)
-
-
-@pytest.mark.parametrize("beam, length", [(9, 2), (40, 3)])
-def test_vocabulary_smaller_than_the_beam(beam, length):
-    model = Historian.random(1, length, 3)
-    options = dict(beam_size=beam, max_new_tokens=length, eos_id=EOS)
-    decoded = decode(beam_search, model, [1, 0], **options)
-    for row, start in enumerate([1, 0]):
-        check_hypotheses(decoded, row, all_hypotheses(model, start, 3, length, 0.6))
-
-
-def test_impossible_tokens():
-    """Logits of minus infinity make no NaN, and their tokens are not chosen."""
-    logits_LVV = np.random.default_rng(0).normal(size=(4, 7, 7)).astype(np.float32)
-    logits_LVV[..., [0, 5]] = -np.inf
-    model = Chain(jnp.asarray(logits_LVV))
-    options = dict(beam_size=3, max_new_tokens=4, eos_id=EOS)
-    decoded = decode(beam_search, model, [1, 4], pad_id=6, **options)
-    assert np.all(np.isfinite(decoded.score))
-    assert not np.any(np.isin(decoded.tokens, [0, 5]))
-
-
-def test_beams_share_what_step_fn_closes_over():
-    """Element `i` of the batch has rows `i * b ... i * b + b - 1`; a constant is left as it is."""
-    batch, beam, vocab, length = 2, 4, 7, 5
-    memory_BV, own_BV = np.random.default_rng(0).normal(size=(2, batch, vocab)).astype(np.float32)
-    model, seen = Historian.random(0, length, vocab), []
-
-    def search(memory_BV, own_BV, tokens_B):
-        def step_fn(tokens_R, cache):
-            shapes = {name: leaf.shape for name, leaf in cache.items()}
-            seen.append((memory_BV.shape, tokens_R.shape, shapes))
-            own_RV = cache.pop("own")
-            logits_RV, cache = model.step(tokens_R, cache)
-            per_element = (logits_RV + own_RV).reshape(memory_BV.shape[0], -1, vocab)
-            return (per_element + memory_BV[:, None]).reshape(-1, vocab), cache | {"own": own_RV}
-
-        cache = model.cache(tokens_B.shape[0]) | {"own": own_BV}
-        options = dict(beam_size=beam, max_new_tokens=length, eos_id=EOS)
-        return beam_search(step_fn, cache, tokens_B, **options)
-
-    run = jax.jit(search)
-    together, rows = run(memory_BV, own_BV, START), batch * beam
-    cache_shapes = dict(history=(rows, length), length=(rows,), own=(rows, vocab))
-    assert seen[-1] == ((batch, vocab), (rows,), cache_shapes)
-    for i in range(batch):
-        alone = run(*(x[i : i + 1] for x in (memory_BV, own_BV, START)))
-        np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
-        np.testing.assert_allclose(together.score[i], alone.score[0], **CLOSE)
-
-
-CONFIG = dict(vocab_size=11, d_model=12, d_ff=17, num_layers=1, num_heads=4, num_kv_heads=2)
-
-
-def random_model(model_type, config):
-    """Weights from NumPy, since JAX would compile for every shape of them."""
-    rng = np.random.default_rng(0)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0))))
-    weights = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state)
-    return nnx.merge(graphdef, weights)
-
-
-@pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
-def test_beam_of_one_is_greedy(model_type):
-    """On real models, told when to end: beam search would go on behind an end in second place."""
-    batch, length = 3, 6
-    ends_B = jnp.array([3, length, length + 1])
-    config = TransformerConfig(**CONFIG, head_dim=5, max_length=length, window=4)
-    model = random_model(model_type, config)
-    source_BS = jnp.asarray(np.random.default_rng(0).integers(3, 11, (batch, 5)))
+@pytest.mark.parametrize("bad, eos_id", [(bad, EOS) for bad in BAD] + [("one NaN", None)])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_row_ends_where_its_logits_are_no_numbers(name, bad, eos_id):
+    """Its first tokens stand; the rows beside it are as if nothing had been."""
+    model, length, pad, breaks_at = Historian.random(0, 7, 7, eos_bias=-9.0), 7, 6, 3
+    tokens_B = jnp.array([1, 4, 5])
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(search):
-        rest = () if model_type is DecoderOnly else (model.init_cross_cache(source_BS),)
+    def run(is_broken):
+        def step_fn(tokens_R, cache):
+            is_second_R = cache.pop("row") == 1
+            logits_RV, new = model.step(tokens_R, cache)
+            is_bad_R1 = (is_second_R & (cache["length"] >= breaks_at))[:, None] & is_broken
+            row_R = is_second_R.astype(jnp.int32)
+            return jnp.where(is_bad_R1, BAD[bad](logits_RV), logits_RV), new | {"row": row_R}
 
-        def step_fn(tokens_B, cache):
-            is_end_B1 = (cache[0].length + 1 == ends_B)[:, None]
-            logits_BV, cache = model.decode(tokens_B, cache, *rest)
-            is_eos_1V = jnp.arange(config.vocab_size)[None] == EOS
-            return jnp.where(is_end_B1 == is_eos_1V, logits_BV, -1e9), cache
+        cache = model.cache(3) | {"row": jnp.array([0, 1, 0])}
+        options = dict(max_new_tokens=length, eos_id=eos_id, pad_id=pad)
+        return SEARCHES[name](step_fn, cache, tokens_B, **options)
 
-        cache = model.init_cache(batch, length)
-        return search(step_fn, cache, jnp.array([1, 4, 6]), max_new_tokens=length, eos_id=EOS)
+    whole, broken = run(False), run(True)
+    assert np.all(whole.is_finite) and np.all(whole.length[1] > breaks_at)
+    np.testing.assert_array_equal(broken.is_finite, [True, False, True])
+    for row in (0, 2):
+        np.testing.assert_array_equal(broken.tokens[row], whole.tokens[row])
+        np.testing.assert_array_equal(broken.length[row], whole.length[row])
+    np.testing.assert_array_equal(broken.length[1], np.full_like(broken.length[1], breaks_at))
+    assert np.all(broken.tokens[1, ..., breaks_at:] == pad)
+    if name == "beam_search":
+        assert np.all(np.isfinite(broken.score))
+        # As they stood: what a search for so many tokens and no end finds.
+        alone = decode(beam_search, model, [4], beam_size=3, max_new_tokens=breaks_at)
+        np.testing.assert_array_equal(broken.tokens[1, :, :breaks_at], alone.tokens[0])
+    else:
+        np.testing.assert_array_equal(broken.tokens[1, :breaks_at], whole.tokens[1, :breaks_at])
 
-    expected, actual = run(greedy), run(functools.partial(beam_search, beam_size=1))
-    np.testing.assert_array_equal(expected.length, [3, 6, 6])
-    assert len(np.unique(expected.tokens)) > 3
-    np.testing.assert_array_equal(actual.tokens[:, 0], expected.tokens)
-    np.testing.assert_array_equal(actual.length[:, 0], expected.length)
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_what_follows_the_end_of_a_row_does_not_count(search):
+    """A row that has ended is given padding until the others have; that may overflow."""
+    model, start = Historian.random(0, 9, 7, eos_bias=3.0), jnp.array([1, 4])
+
+    def step_fn(tokens_R, cache):
+        logits_RV, new = model.step(tokens_R, {**cache, "length": cache["length"] % 100})
+        is_slow_R1 = (cache["length"] >= 100)[:, None]
+        logits_RV = jnp.where(is_slow_R1, logits_RV.at[:, EOS].set(-jnp.inf), logits_RV)
+        is_bad_R1 = ~is_slow_R1 & (new["length"] == 9)[:, None]
+        logits_RV = jnp.where(is_bad_R1, jnp.nan, logits_RV)
+        return logits_RV, new | {"length": cache["length"] + 1}
+
+    cache = model.cache(2) | {"length": jnp.array([0, 100])}
+    decoded = jax.jit(lambda: search(step_fn, cache, start, max_new_tokens=9, eos_id=EOS))()
+    assert decoded.steps == 9 and np.all(decoded.length[0] < 9)
+    np.testing.assert_array_equal(decoded.is_finite, [True, True])
+
+
+@pytest.mark.parametrize("kind", ["overflow", "weights", "id"])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_real_model_that_gives_no_numbers(name, kind):
+    config = TransformerConfig(
+        vocab_size=11,
+        d_model=12,
+        d_ff=17,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=5,
+        max_length=6,
+    )
+    model, start = random_model(DecoderOnly, config), jnp.array([1, 4])
+    if kind == "weights":
+        model.softmax.kernel[...] = model.softmax.kernel[...].at[7, 3].set(jnp.nan)
+    elif kind == "id":
+        start = jnp.array([1, 11])
+    search = functools.partial(SEARCHES[name], max_new_tokens=6)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(room, start):
+        return search(model.decode, model.init_cache(2, room), start)
+
+    decoded = run(4 if kind == "overflow" else 6, start)
+    if kind != "id":
+        assert not np.any(decoded.is_finite)
+        assert np.all(decoded.length <= (4 if kind == "overflow" else 0))
+    else:
+        np.testing.assert_array_equal(decoded.is_finite, [True, False])
+    if kind == "overflow":
+        # What there was room for is right.
+        np.testing.assert_array_equal(decoded.length, np.full_like(decoded.length, 4))
+        if name == "greedy":
+            np.testing.assert_array_equal(decoded.tokens[:, :4], run(6, start).tokens[:, :4])
+        assert not np.any(decoded.tokens[..., 4:])
+        with pytest.raises(
+            ValueError, match=r"room for 4 .* holds 0: .*=6.* init_cache\(batch, 6\)"
+        ):
+            search(model.decode, model.init_cache(2, 4), start)
+    if kind == "id":
+        with pytest.raises(ValueError, match=r"tokens_B\[1\]=11 is not in the vocabulary of 11"):
+            search(model.decode, model.init_cache(2, 6), start)
 
 
 # Arguments
@@ -453,19 +339,49 @@ def test_beam_of_one_is_greedy(model_type):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        *((name, dict(max_new_tokens=0), "at least 1, not 0") for name in SEARCHES),
-        *((name, dict(eos_id=7), "eos_id=7 .* 7 tokens") for name in SEARCHES),
-        *((name, dict(eos_id=-1), "eos_id=-1 .* 7 tokens") for name in SEARCHES),
-        ("sample", dict(temperature=0.0), "temperature must be above 0, not 0.0: .* greedy"),
+        *(
+            (name, {option: value}, message)
+            for name in SEARCHES
+            for option, value, message in [
+                ("max_new_tokens", 0, "at least 1, not 0"),
+                ("max_new_tokens", 2.0, r"must be an integer, not 2\.0"),
+                ("max_new_tokens", True, "must be an integer, not True"),
+                ("eos_id", 7, "eos_id=7 .* 7 tokens"),
+                ("eos_id", -1, "eos_id=-1 .* 7 tokens"),
+                ("eos_id", (2, 7), "eos_id=7 .* 7 tokens"),
+                ("eos_id", np.array([2.0]), r"eos_id must be an integer, not 2\.0"),
+                ("eos_id", False, "eos_id must be an integer, not False"),
+                ("eos_id", "2", "eos_id must be an integer, not '2'"),
+                ("eos_id", (), r"one integer or several, or None, not \(\)"),
+                ("eos_id", ((2, 3),), "one integer or several"),
+                ("pad_id", -1, "pad_id=-1 .* 7 tokens"),
+                ("pad_id", 7, "pad_id=7 .* 7 tokens"),
+                ("pad_id", None, "pad_id must be an integer, not None"),
+            ]
+        ),
+        ("sample", dict(temperature=0.0), "temperature must be .* above 0, not 0.0: .* greedy"),
         ("sample", dict(temperature=-0.5), "above 0, not -0.5"),
         ("sample", dict(temperature=float("nan")), "above 0, not nan"),
+        ("sample", dict(temperature=float("inf")), "finite number, above 0, not inf"),
+        ("sample", dict(temperature="1"), "finite number, above 0, not '1'"),
+        ("sample", dict(temperature=True), "finite number, above 0, not True"),
+        ("sample", dict(temperature=None), "finite number, above 0, not None"),
+        ("sample", dict(temperature=10**400), "finite number, above 0, not 1000"),
+        ("sample", dict(temperature=np.array([1.0, 2.0])), r"one a row, \[3\]: not \[2\] of them"),
+        ("sample", dict(temperature=np.array([1.0, 0.0, 2.0])), "above 0, not 0.0: .* greedy"),
         ("sample", dict(top_k=0), "top_k must be at least 1, not 0"),
-        ("sample", dict(top_p=0.0), r"top_p must be in \(0, 1\], not 0.0"),
-        ("sample", dict(top_p=1.01), r"top_p must be in \(0, 1\], not 1.01"),
-        ("sample", dict(top_p=float("nan")), r"top_p must be in \(0, 1\], not nan"),
+        ("sample", dict(top_k=2.0), r"top_k must be an integer, not 2\.0"),
+        ("sample", dict(top_p=0.0), "top_p must be .*, above 0, at most 1, not 0.0"),
+        ("sample", dict(top_p=1.01), "top_p must be .*, at most 1, not 1.01"),
+        ("sample", dict(top_p=float("nan")), "top_p must be .*, at most 1, not nan"),
+        ("sample", dict(top_p=np.array([True] * 3)), "top_p must be .*, at most 1, not True"),
         ("beam_search", dict(beam_size=0), "beam_size must be at least 1, not 0"),
-        ("beam_search", dict(alpha=-0.25), "alpha must be at least 0, not -0.25"),
-        ("beam_search", dict(alpha=float("nan")), "alpha must be at least 0, not nan"),
+        ("beam_search", dict(beam_size=1.5), r"beam_size must be an integer, not 1\.5"),
+        ("beam_search", dict(alpha=-0.25), "alpha must be .* at least 0, not -0.25"),
+        ("beam_search", dict(alpha=float("nan")), "alpha must be .* at least 0, not nan"),
+        ("beam_search", dict(alpha=float("inf")), "alpha must be .* at least 0, not inf"),
+        ("beam_search", dict(alpha="1"), "alpha must be .* at least 0, not '1'"),
+        ("beam_search", dict(alpha=1e6), "alpha=1000000.0 makes length penalties"),
     ],
 )
 def test_arguments_that_make_no_sense(name, options, message):
@@ -473,6 +389,43 @@ def test_arguments_that_make_no_sense(name, options, message):
     options = dict(max_new_tokens=5, eos_id=EOS) | options
     with pytest.raises(ValueError, match=message):
         SEARCHES[name](model.step, model.cache(3), jnp.zeros(3, jnp.int32), **options)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_ids_of_several_kinds_that_end_a_row(name):
+    """Several, in any order, and traced; padding that is one of them is told by the length."""
+    model = Historian.random(3, 9, 7)
+
+    def run(eos_id, pad_id=0):
+        options = dict(max_new_tokens=9, eos_id=eos_id, pad_id=pad_id)
+        return SEARCHES[name](model.step, model.cache(2), jnp.array(START), **options)
+
+    expected = run((EOS, 1))
+    assert np.any(expected.length < 9)
+    alike = [(1, EOS, 1), np.array([1, EOS])]
+    traced = [jax.jit(run)(jnp.array([1, EOS])), jax.jit(lambda x: run([x, 1]))(EOS)]
+    for decoded in [*map(run, alike), *traced]:
+        np.testing.assert_array_equal(decoded.tokens, expected.tokens)
+        np.testing.assert_array_equal(decoded.length, expected.length)
+    padded = run((EOS, 1), pad_id=EOS)
+    np.testing.assert_array_equal(padded.length, expected.length)
+    is_padding = np.arange(9) >= np.asarray(expected.length)[..., None]
+    np.testing.assert_array_equal(padded.tokens, np.where(is_padding, EOS, expected.tokens))
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_tokens_to_begin_with(search):
+    model, options = Historian.random(0, 5, 7), dict(max_new_tokens=5, eos_id=EOS)
+    for tokens, message in [
+        (jnp.array([1, 7, 2]), r"tokens_B\[1\]=7 is not in the vocabulary of 7"),
+        (np.array([1, 2, -1]), r"tokens_B\[2\]=-1 is not in the vocabulary of 7"),
+        (np.array([1, 2, 2**40]), r"tokens_B\[2\]=1099511627776 is not in"),
+        (jnp.array([1.0, 2.0, 3.0]), "must be integers, not float32"),
+        (jnp.array([True, True, True]), "must be integers, not bool"),
+        ([1, 2, 3], r"must be an array of shape \[B\], not \[1, 2, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            search(model.step, model.cache(3), tokens, **options)
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
@@ -493,7 +446,7 @@ def test_shapes_that_do_not_fit(search):
 
 def test_as_many_keys_as_rows():
     model, keys = Historian.random(0, 5, 7), jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match=r"\b2\b[\s\S]*\b3\b|\b3\b[\s\S]*\b2\b"):
+    with pytest.raises(ValueError, match=r"one a row, \[3\]: not \[2\] of them"):
         sample(model.step, model.cache(3), jnp.zeros(3, jnp.int32), key=keys, max_new_tokens=2)
 
 
