@@ -6,7 +6,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
 """
 
 import functools
-from typing import Any
+from typing import Any, Required, TypedDict, TypeVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,19 @@ from mqa_jax.core.linear import linear
 from mqa_jax.core.sharding import batch_axes, param
 
 SelfCache = KVCache | RingCache | BeamCache
+# A cache comes back as what it went in.
+AnySelfCache = TypeVar("AnySelfCache", bound=SelfCache)
+AnyCache = TypeVar("AnyCache", bound=SelfCache | CrossCache)
+
+
+class Options(TypedDict, total=False):
+    """What `Attention` takes by name alone."""
+
+    window: int | None
+    dropout_rate: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    rngs: Required[nnx.Rngs]
 
 
 class Attention(nnx.Module):
@@ -177,8 +190,8 @@ class Attention(nnx.Module):
 
     @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
     def prefill(
-        self, x_BTD: Array, cache: SelfCache, lengths_B: ArrayLike | None = None
-    ) -> tuple[Array, SelfCache]:
+        self, x_BTD: Array, cache: AnySelfCache, lengths_B: ArrayLike | None = None
+    ) -> tuple[Array, AnySelfCache]:
         """Causal self-attention of `T` new tokens a row, behind those that the cache holds.
 
         A prompt goes in whole, or in chunks by several calls.
@@ -199,7 +212,7 @@ class Attention(nnx.Module):
         batch = cache.length.shape[0]
         self._check_input("x_BTD", x_BTD, batch=batch)
         if isinstance(cache, BeamCache):
-            return self._decode_beams(x_BTD, cache)
+            return cast(tuple[Array, AnySelfCache], self._decode_beams(x_BTD, cache))
         length = x_BTD.shape[1]
         if lengths_B is None:
             lengths_B = jnp.full(batch, length, jnp.int32)
@@ -243,9 +256,7 @@ class Attention(nnx.Module):
         return self._output(output_BbNH).reshape(rows, 1, -1), cache
 
     @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
-    def decode(
-        self, x_BTD: Array, cache: SelfCache | CrossCache
-    ) -> tuple[Array, SelfCache | CrossCache]:
+    def decode(self, x_BTD: Array, cache: AnyCache) -> tuple[Array, AnyCache]:
         """One incremental step (Shazeer 2019, sections 2.4.1 and 3.1): `T` is 1.
 
         With a `CrossCache` the rows of `x_BTD` may be a multiple of the cache's (`b` beams of each
@@ -308,8 +319,14 @@ def cross_cache_spec(attention: Attention, batch: Any, source: Any) -> CrossCach
 class MultiHeadAttention(Attention):
     """`Attention` in which every query head has keys and values of its own: `K = N`."""
 
-    def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
-        super().__init__(d_model, num_heads, num_heads, head_dim, **kwargs)
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        **options: Unpack[Options],
+    ):
+        super().__init__(d_model, num_heads, num_heads, head_dim, **options)
 
 
 class GroupedQueryAttention(Attention):
@@ -319,5 +336,11 @@ class GroupedQueryAttention(Attention):
 class MultiQueryAttention(Attention):
     """`Attention` in which all query heads share one key/value head: `K = 1` (section 3)."""
 
-    def __init__(self, d_model: int, num_heads: int, head_dim: int | None = None, **kwargs):
-        super().__init__(d_model, num_heads, 1, head_dim, **kwargs)
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        **options: Unpack[Options],
+    ):
+        super().__init__(d_model, num_heads, 1, head_dim, **options)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # What work leaves at the top of a checkout.
 LEFT = {".git", ".venv", "build", "data", "dist", "mqa_jax.egg-info", "runs"}
 # What training, data and pictures stand on, and nobody who imports a module should have to install.
-EXTRAS = ("absl", "grain", "matplotlib", "ml_collections", "sentencepiece", "tensorflow_datasets")
+EXTRAS = ("grain", "matplotlib", "ml_collections", "sentencepiece", "tensorflow_datasets")
 TINY = [
     "--config=configs/quickstart.py",
     "--config.model.d_model=16",
