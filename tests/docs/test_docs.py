@@ -41,6 +41,32 @@ def test_the_pages_that_promise_examples_have_them():
 
 
 @pytest.mark.slow
+def test_the_recipe_for_own_text_runs_as_typed(tmp_path):
+    """With fewer steps."""
+    for name in ("train.py", "decode.py", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    page = (ROOT / "docs/guides/own_text.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    commands = re.sub(r"(train\.steps)=\d+", r"\1=4", "\n".join(["set -e", *blocks]))
+    commands = re.sub(r"(train\.\w+_steps)=\d+", r"\1=2", commands)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = ENVIRONMENT | {"PATH": path, "JAX_PLATFORMS": "cpu"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
+    result = subprocess.run(
+        ["bash", "-c", commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    inputs = (tmp_path / "text/test.en").read_text().splitlines()
+    for output in ("test.fr", "continued.fr"):
+        assert (tmp_path / output).read_text().count("\n") == len(inputs) == 20
+
+
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     result = subprocess.run(
