@@ -20,8 +20,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from flax import nnx
-from ml_collections import ConfigDict
 
 from mqa_jax.cli.arguments import refuse_idle
 from mqa_jax.core.checks import check_integer, check_number
@@ -96,12 +94,10 @@ def run(args: flags.FlagValues) -> None:
 
     from mqa_jax.data import BOS_ID, EOS_ID
     from mqa_jax.data.text import read_lines, text_name
-    from mqa_jax.data.tokenizer import Tokenizer
     from mqa_jax.train import workdir as workdirs
 
     workdir = local_path("--workdir", args.workdir)
-    config = workdirs.load_config(workdir)
-    tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+    workdirs.load_config(workdir)  # That there is a run is known before a text is read.
     source, output, reference = (path_of(args, name) for name in ("input", "output", "reference"))
     lines = read_lines(source)
     references = None if reference is None else read_lines(reference)
@@ -116,17 +112,17 @@ def run(args: flags.FlagValues) -> None:
         # Rows that are there to fill up a batch cost as much as others.
         batch_size = max(1, min(batch_size, len(lines)))
     with writing(output) as write:
-        model, params = restore(config, workdir / workdirs.CHECKPOINTS)
+        trained = workdirs.load_run(workdir)
         decoder = LineDecoder(
-            model,
-            tokenizer,
+            trained.model,
+            trained.tokenizer,
             search=build_search(args, EOS_ID),
             batch_size=batch_size,
             bos_id=BOS_ID,
             max_new_tokens=args.max_new_tokens,
         )
         keys = jax.random.split(jax.random.key(args.seed), len(lines)) if args.sample else None
-        texts = decoder.texts(params, lines, keys, on_long=args.on_long)
+        texts = decoder.texts(trained.params, lines, keys, on_long=args.on_long)
         is_shown = sys.stderr.isatty() and output != STANDARD
         for text in tqdm(texts, total=len(lines), unit="line", disable=not is_shown):
             write(text)
@@ -194,20 +190,6 @@ def is_same(source: str | Path, output: str | Path) -> bool:
     except (OSError, ValueError, AttributeError):  # One of them is not there.
         return False
     return stat.S_ISREG(found[0].st_mode) and os.path.samestat(*found)
-
-
-def restore(config: ConfigDict, directory: Path) -> tuple[nnx.Module, nnx.State]:
-    """The structure of the model, and the weights of the newest checkpoint."""
-    from mqa_jax.model.transformer import build_model
-    from mqa_jax.train.checkpoint import Checkpoints
-
-    model = nnx.eval_shape(
-        lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
-    )
-    checkpoints = Checkpoints(directory)
-    params = checkpoints.restore_params(nnx.state(model))
-    checkpoints.close()
-    return model, params
 
 
 def build_search(args: flags.FlagValues, eos_id: int) -> Search:

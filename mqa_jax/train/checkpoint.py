@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 RUN = "run.json"
 
 # Our names, in ASCII digits.
-_SIGNED = re.compile("0|[1-9][0-9]*")
+_SIGNED = re.compile("0|[1-9][0-9]{0,8}")
 _UNSIGNED = re.compile(r"[0-9]+\.unsigned(\..*)?")
 
 
@@ -91,7 +91,9 @@ class Checkpoints:
         self._saving: tuple[int, Future] | None = None
         # Not a look at the directory, which another process may have at another moment.
         self._here: int | None = None
-        self._read: int | None = None  # What `run` is of, and was found whole.
+        # What was found whole by the last look at the files, and what newer ones were not.
+        self._read: int | None = None
+        self._damaged: list[int] = []
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -197,7 +199,12 @@ class Checkpoints:
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        step = self._here = self._read = self._newest_whole(set_aside=True)
+        step = self._here = self._read_newest() if self._read is None else self._read
+        for damaged in self._damaged:
+            aside = self._directory / f"{damaged}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(damaged)).rename(aside)
+        self._read, self._damaged = None, []
         restored = self._checkpointer.restore(
             self._plain / str(step),
             args=ocp.args.Composite(
@@ -220,9 +227,8 @@ class Checkpoints:
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        # The files are not read twice if `run` has just done so.
-        step, self._read = self._read, None
-        step = self._newest_whole(set_aside=False) if step is None else step
+        step = self._read_newest() if self._read is None else self._read
+        self._read = None
         args = ocp.args.StandardRestore(_by_path(_abstract(params)))
         restored = self._checkpointer.restore(
             self._plain / str(step), args=ocp.args.Composite(params=args)
@@ -232,14 +238,12 @@ class Checkpoints:
     def run(self) -> dict[str, Any]:
         """What the run said of itself in the newest whole checkpoint; nothing before version 0.2.
 
-        Behind a `restore` it is of the one restored; a `restore_params` behind it reads the same.
+        A `restore` or `restore_params` behind it is of the same one, and does not check it again.
 
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        if self._read is None:
-            self._read = self._newest_whole(set_aside=False)
-        path = self._directory / str(self._read) / RUN
+        path = self._directory / str(self._read_newest()) / RUN
         return read_json(path) if path.exists() else {}
 
     def close(self) -> None:
@@ -277,7 +281,8 @@ class Checkpoints:
             reverse=True,
         )
 
-    def _newest_whole(self, *, set_aside: bool) -> int:
+    def _read_newest(self) -> int:
+        """The newest that is whole, which may be read once without another look at its files."""
         # The first process reads the files and decides; -1 says that it found none.
         damaged: dict[int, list[str]] = {}
         step = -1
@@ -305,10 +310,7 @@ class Checkpoints:
                 "newest one that is whole, of step %d",
                 *(folder, bad, step),
             )
-            if set_aside:
-                aside = folder.with_suffix(".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+        self._read, self._damaged = step, list(damaged)
         return step
 
 

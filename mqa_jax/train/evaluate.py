@@ -27,13 +27,22 @@ def add_up(sums: Sequence[Metrics]) -> dict[str, np.float64]:
 
 
 def make_evaluate(
-    config: ConfigDict, model: nnx.Module, tokenizer: Tokenizer, data: Path, mesh: Mesh
+    config: ConfigDict,
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    data: Path,
+    mesh: Mesh,
+    manifest: Manifest | None = None,
 ):
     """A function of parameters to the figures of the validation split.
 
     With several processes the first one alone decodes, with a copy of the weights of its own.
+
+    Args:
+      manifest: of the data that the run began with; the function raises a ValueError when `data` is
+        no longer that. What the directory says now when None.
     """
-    manifest = Manifest.read(data)
+    manifest = manifest or Manifest.read(data)
     eval_step = make_eval_step(model, mesh)
     settings = config.evaluate
     sources = references = []

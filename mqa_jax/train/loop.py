@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from mqa_jax.core.lock import locked
+from mqa_jax.core.paths import local_path
 from mqa_jax.core.sharding import make_mesh
 from mqa_jax.data import loader
+from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.prepare import prepare
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.train import workdir as workdirs
@@ -28,13 +32,24 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later.
 
 def train(config: ConfigDict, workdir: str) -> int:
     """Returns the exit code."""
+    path = local_path("--workdir", workdir)
+    with contextlib.ExitStack() as stack:
+        return _train(config, path, stack)
+
+
+def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     check_config(config)
     mesh = make_mesh(**config.mesh)
     check_config(config, mesh.shape)
+    if jax.process_index() == 0:
+        stack.enter_context(locked(path, "training"))
     with first_process_first():
-        path = workdirs.claim(workdir, config)
+        workdirs.check(path, workdirs.describe(config))
         data = prepare(config.data)
-        tokenizer = Tokenizer.load(workdirs.keep_tokenizer(path, data / "tokenizer.model"))
+        tokenizer = Tokenizer.load(data / "tokenizer.model")
+        manifest = Manifest.read(data)
+        about = workdirs.describe(config, manifest)
+        workdirs.check(path, about)
 
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -45,11 +60,14 @@ def train(config: ConfigDict, workdir: str) -> int:
     settings = config.train
     model, state, train_step, schedule = set_up(config, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    checkpoints = Checkpoints(path / workdirs.CHECKPOINTS, keep=settings.keep_checkpoints)
+    checkpoints = stack.enter_context(
+        Checkpoints(path / workdirs.CHECKPOINTS, keep=settings.keep_checkpoints, run=about)
+    )
     if checkpoints.latest_step() is not None:
+        workdirs.check_signed(path, checkpoints.run(), about)
         state = checkpoints.restore(state)
     start = int(state.step)
-    evaluate = make_evaluate(config, model, tokenizer, data, mesh)
+    evaluate = make_evaluate(config, model, tokenizer, data, mesh, manifest)
 
     log = MetricLog(path, settings.steps, start) if jax.process_index() == 0 else NoLog()
     log.print(
@@ -64,6 +82,7 @@ def train(config: ConfigDict, workdir: str) -> int:
         batch_size=settings.batch_size,
         seed=settings.seed,
         start=start,
+        manifest=manifest,
         process_index=index,
         process_count=count,
     )
@@ -85,6 +104,11 @@ def train(config: ConfigDict, workdir: str) -> int:
     while step < settings.steps and not is_stopped:
         batch = put_batch(mesh, next(batches))
         state, metrics = train_step(state, batch)
+        if step == start and jax.process_index() == 0:
+            # What was prepared, built and compiled is possible: from here on it is this run's.
+            jax.block_until_ready(metrics)
+            for change in workdirs.claim(path, about, data):
+                log.print(f"changed since the last start: {change}")
         step += 1
         if waiting:
             meter.add(*waiting, state.params)
@@ -110,7 +134,8 @@ def train(config: ConfigDict, workdir: str) -> int:
             raise RuntimeError(
                 f"the loss or the gradient of {skipped} steps in a row, {position + 1} to {step}, "
                 f"was not finite; of the last: {meter.cause}. The checkpoint of step {position}, "
-                "before them, is saved: lower the learning rate, or look at the data"
+                "before them, is saved: look at the data, or start anew in another --workdir, with "
+                "a lower learning rate"
             )
         if (step % settings.evaluate_every == 0 and not is_stopped) or is_last:
             validation = evaluate(state.params, log.print)

@@ -1,93 +1,242 @@
 """What a training run leaves in its working directory so that it can be resumed and decoded with.
 
+.lock                `mqa_jax.core.lock`: one run at a time
 config.json          the resolved config
+data.json            the manifest of the data that it trains on, and the hash of its tokenizer
 tokenizer.model      the tokenizer that the data was prepared with
-checkpoints/         `mqa_jax.train.checkpoint`
+checkpoints/         `mqa_jax.train.checkpoint`; each has a signed copy of both JSON files
 metrics.jsonl        `mqa_jax.train.metrics`, and TensorBoard's event files
+
+A directory with a config.json is a run's. It becomes one behind the first step, so that a start
+that fails may be tried again in another way.
 """
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from flax import nnx
 from ml_collections import ConfigDict
 
+from mqa_jax.core.config import base_config
+from mqa_jax.core.paths import local_path, read_json
+from mqa_jax.data.manifest import TOKENIZER, Manifest
+from mqa_jax.data.tokenizer import Tokenizer
+from mqa_jax.model.config import TransformerConfig
+from mqa_jax.model.transformer import build_model
+from mqa_jax.train.checkpoint import RUN, Checkpoints
+
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 
+# These fields of a config, and all below them, decide nothing about the weights (the mesh: nothing
+# but rounding), so a run goes on with others. What the data is, its manifest says.
+FREE = (
+    "mesh",
+    "data.dir",
+    "data.path",
+    "data.tfds_dir",
+    "model.remat",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.max_skipped_steps",
+    "evaluate",
+)
 
-def claim(workdir: str | Path, config: ConfigDict) -> Path:
-    """Makes `workdir` the directory of a run with this config, or finds that it already is.
+_NOTHING = "nothing"
 
-    The mesh may be another one: a run can go on with more or fewer devices.
+
+class Run(NamedTuple):
+    """A run to decode with.
+
+    Attributes:
+      config: the resolved config.
+      tokenizer: of its data.
+      model: its structure, with shapes in place of weights.
+      params: the weights of the newest whole checkpoint, on the first device.
+    """
+
+    config: ConfigDict
+    tokenizer: Tokenizer
+    model: nnx.Module
+    params: nnx.State
+
+
+def load_run(workdir: str | Path) -> Run:
+    """The run in `workdir`, whatever devices it was trained on.
 
     Raises:
-      ValueError: it belongs to a run with another config; the message lists the differences.
+      ValueError: there is none, or a file is not what the run had: the message names it.
+      OSError: a file is missing or cannot be read.
     """
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    asked = json.loads(config.to_json())
-    if (workdir / CONFIG).exists():
-        found = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
-        asked["mesh"] = found["mesh"] = None
-        if differences := list(_differences("config", found, asked)):
-            raise ValueError(
-                f"{workdir} holds a run with another config:\n  "
-                + "\n  ".join(differences)
-                + "\nname another --workdir, or give the config that it was started with"
-            )
-    else:
-        _write(workdir / CONFIG, json.dumps(asked, indent=2) + "\n")
-    return workdir
+    path = local_path("--workdir", workdir)
+    config = load_config(path)
+    with Checkpoints(path / CHECKPOINTS) as checkpoints:
+        # Nothing before version 0.2.
+        if signed := checkpoints.run():
+            found = {"config": json.loads(config.to_json()), "data": _data_of(path / TOKENIZER)}
+            signed["data"] = {"tokenizer_sha256": signed["data"]["tokenizer_sha256"]}
+            check_signed(path, signed, found)
+        tokenizer = Tokenizer.load(path / TOKENIZER)
+        model = nnx.eval_shape(
+            lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+        )
+        return Run(config, tokenizer, model, checkpoints.restore_params(nnx.state(model)))
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
     """The config of the run in `workdir`.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the file is cut short or something else.
     """
     path = Path(workdir) / CONFIG
     if not path.exists():
         raise ValueError(f"no {path}: {workdir} is not the --workdir of a training run")
-    return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    return ConfigDict(read_json(path))
 
 
-def keep_tokenizer(workdir: str | Path, tokenizer: str | Path) -> Path:
-    """Copies the tokenizer into `workdir`, which then is all that decoding needs.
+def describe(config: ConfigDict, data: Manifest | None = None) -> dict[str, Any]:
+    """All that decides what a run comes to, as JSON: its config and, once it is there, its data."""
+    about = {"config": json.loads(config.to_json())}
+    if data is not None:
+        digest = {"tokenizer_sha256": data.tokenizer_sha256}
+        about["data"] = digest | {"manifest": dataclasses.asdict(data)}
+    return about
+
+
+def check(workdir: Path, about: Mapping[str, Any]) -> None:
+    """Finds that `workdir` is no run's yet, or that of a run that `about` describes too.
+
+    A field that an earlier version did not have is taken to have been the default.
+
+    Args:
+      about: of `describe`; without data, only the config is compared.
 
     Raises:
-      ValueError: the run in `workdir` was started with another one.
+      ValueError: it belongs to another run; the message lists the differences.
     """
-    path = Path(workdir) / TOKENIZER
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        shutil.copyfile(tokenizer, partial)
-        os.replace(partial, path)
-    if path.read_bytes() != Path(tokenizer).read_bytes():
+    checkpoints = workdir / CHECKPOINTS
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise ValueError(f"{checkpoints} is a file: move it away, or name another --workdir")
+    if not (workdir / CONFIG).exists():
+        return
+    config = list(_changes(workdir, about))
+    if lines := [line for field, line in config if not _is_free(field)]:
         raise ValueError(
-            f"{path} and {tokenizer} differ: the data was prepared anew since this run began; "
-            "name another --workdir, or prepare the data as it was"
+            f"{workdir} holds a run with another config:\n  "
+            + "\n  ".join(lines)
+            + "\nname another --workdir, or give the config that it was started with"
         )
-    return path
+    if "data" not in about:
+        return
+    was = asked = about["data"]
+    if (workdir / DATA).exists():
+        was = read_json(workdir / DATA)
+    elif (workdir / TOKENIZER).exists():  # Version 0.1 kept the tokenizer alone.
+        was = asked | _data_of(workdir / TOKENIZER)
+    if lines := [line for _, line in _differences("data", was, asked)]:
+        raise ValueError(
+            f"{workdir} holds a run on other data:\n  "
+            + "\n  ".join(lines)
+            + "\nname another --workdir, or prepare the data as it was"
+        )
 
 
-def _write(path: Path, text: str) -> None:
+def claim(workdir: Path, about: Mapping[str, Any], data: Path) -> list[str]:
+    """Makes `workdir` the directory of the run that `about` describes, and that trains on `data`.
+
+    Returns:
+      the changes, a line each, of fields that may change, if it was its directory before.
+
+    Raises:
+      ValueError: as `check` does.
+    """
+    check(workdir, about)
+    workdir.mkdir(parents=True, exist_ok=True)
+    is_ours = (workdir / CONFIG).exists()
+    changes = [line for _, line in _changes(workdir, about)] if is_ours else []
+    partial = workdir / f"{TOKENIZER}.partial"
+    shutil.copyfile(data / TOKENIZER, partial)
+    os.replace(partial, workdir / TOKENIZER)
+    _write(workdir / DATA, about["data"])
+    _write(workdir / CONFIG, about["config"])  # The last: it makes the directory a run's.
+    return changes
+
+
+def check_signed(workdir: Path, signed: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Finds that a checkpoint was made by the run that `about` describes.
+
+    Args:
+      signed: what `Checkpoints.run` gives back.
+
+    Raises:
+      ValueError: it was not; the message lists what is different now.
+    """
+    lines = [
+        line
+        for name in signed
+        for field, line in _differences(name, signed[name], about[name], _defaults().get(name))
+        if name != "config" or not _is_free(field)
+    ]
+    if lines:
+        raise ValueError(
+            f"{workdir / CONFIG}, {workdir / TOKENIZER} or the data is not what the checkpoint was "
+            "trained with (there: in the checkpoint, asked: now):\n  "
+            + "\n  ".join(lines)
+            + f"\nput it back; {RUN} in the folder of a checkpoint has the config"
+        )
+
+
+def _data_of(tokenizer: Path) -> dict[str, Any]:
+    return {"tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()}
+
+
+def _changes(workdir: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    was = read_json(workdir / CONFIG)
+    return _differences("config", was, about["config"], _defaults()["config"])
+
+
+def _defaults() -> dict[str, Any]:
+    config = describe(base_config())["config"]
+    fields = dataclasses.fields(TransformerConfig)
+    has_default = [field for field in fields if field.default is not dataclasses.MISSING]
+    config["model"] = {field.name: field.default for field in has_default} | config["model"]
+    return {"config": config}
+
+
+def _is_free(field: str) -> bool:
+    return any(f"{field}.".startswith(f"config.{free}.") for free in FREE)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     """The file appears with all of its text, or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        # Python's own message does not say which file, when a disk is full.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.replace(partial, path)
 
 
-def _differences(name: str, found: Any, asked: Any) -> Iterator[str]:
+def _differences(
+    name: str, found: Any, asked: Any, defaults: Any = None
+) -> Iterator[tuple[str, str]]:
+    """Each field that differs, by its dotted name, and a line that says how."""
     if isinstance(found, dict) and isinstance(asked, dict):
         for key in sorted(found.keys() | asked.keys()):
+            default = defaults.get(key, _NOTHING) if isinstance(defaults, Mapping) else _NOTHING
             yield from _differences(
-                f"{name}.{key}", found.get(key, "nothing"), asked.get(key, "nothing")
+                f"{name}.{key}", found.get(key, default), asked.get(key, default), default
             )
     elif found != asked:
-        yield f"{name}: {found!r} there, {asked!r} asked"
+        yield name, f"{name}: {found!r} there, {asked!r} asked"

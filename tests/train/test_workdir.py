@@ -2,11 +2,24 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict, config_dict
 
+from configs import quickstart
+from mqa_jax.data.manifest import FORMAT, FileStats, Manifest, SplitStats
+from mqa_jax.data.tokenizer import Tokenizer
+from mqa_jax.model.transformer import build_model
 from mqa_jax.train import workdir
+from mqa_jax.train.checkpoint import Checkpoints
+from mqa_jax.train.optimizer import build_optimizer
+from mqa_jax.train.state import TrainState
 
 
 def make_config(**changes):
@@ -24,63 +37,189 @@ def make_config(**changes):
     return config
 
 
-def files(directory):
-    return sorted(path.name for path in directory.iterdir())
+def make_data(directory, *, words="abc", examples=7):
+    """What of a prepared directory a run remembers."""
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(words.encode())
+    write_manifest(directory, examples)
+    return directory
 
 
-def test_the_same_config_may_claim_again(tmp_path):
-    path = tmp_path / "deep" / "run"
-    assert workdir.claim(str(path), make_config()) == path
-    first = (path / "config.json").read_bytes()
-    assert workdir.claim(path, make_config()) == path
-    assert (path / "config.json").read_bytes() == first
-    assert files(path) == ["config.json"]
+def write_manifest(directory, examples=7):
+    splits = {"train": SplitStats(examples, 5, 3, 2, 0.5, 0.25, {})}
+    files = {"tokenizer.model": FileStats.of(directory / "tokenizer.model")}
+    Manifest({"format": FORMAT, "vocab_size": 11}, splits, files).write(directory)
 
 
-def test_every_difference_is_listed(tmp_path):
-    workdir.claim(tmp_path, make_config())
-    first = (tmp_path / "config.json").read_bytes()
+def describe(config, data=None):
+    return workdir.describe(config, data and Manifest.read(data))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "deep" / "run"
+
+
+def claim(run, config, data):
+    return workdir.claim(run, describe(config, data), data)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_same_config_may_claim_again(run, data):
+    assert claim(run, make_config(), data) == []
+    first = contents(run)
+    assert claim(run, make_config(), data) == []
+    assert contents(run) == first
+    assert sorted(first) == ["config.json", "data.json", "tokenizer.model"]
+    assert first["tokenizer.model"] == b"abc"
+
+
+def test_to_look_claims_nothing(run, data):
+    """A start that fails behind it may be tried again with another config."""
+    workdir.check(run, describe(make_config()))
+    assert not run.exists()
+    run.mkdir(parents=True)
+    # Nor does what a claim leaves that was killed.
+    (run / "tokenizer.model").write_bytes(b"other")
+    (run / "data.json").write_text("{")
+    workdir.check(run, describe(make_config(), data))
+    claim(run, make_config(window=3), data)
+    assert workdir.load_config(run).window == 3
+
+
+def test_every_difference_is_listed(run, data):
+    claim(run, make_config(), data)
+    first = contents(run)
     other = make_config(**{"train.steps": 71, "train.mesh.fsdp": 2, "window": 7, "limit": 9})
-    del other.task
+    del other.words
     other.sizes = (3, 5, 7)
     other.extra = ConfigDict({"a": True})
+    for look in (lambda: claim(run, other, data), lambda: check(run, other)):
+        with pytest.raises(ValueError) as error:
+            look()
+        head, *lines, advice = str(error.value).splitlines()
+        assert str(run) in head and "--workdir" in advice
+        assert [line.strip() for line in lines] == [
+            "config.extra: 'nothing' there, {'a': True} asked",
+            "config.limit: None there, 9 asked",
+            "config.sizes: [3, 5] there, [3, 5, 7] asked",
+            "config.train.mesh.fsdp: 1 there, 2 asked",
+            "config.train.steps: 70 there, 71 asked",
+            "config.window: None there, 7 asked",
+            "config.words: 'für' there, 'nothing' asked",
+        ]
+        assert contents(run) == first
+
+
+def check(run, config, data=None):
+    workdir.check(run, describe(config, data))
+
+
+SHIPPED = quickstart.get_config().to_dict()
+
+
+@pytest.mark.parametrize("field", workdir.FREE)
+def test_what_decides_nothing_may_change_and_is_told(run, data, field):
+    config = ConfigDict(SHIPPED)
+    claim(run, config, data)
+    *parents, name = field.split(".")
+    holder = config.to_dict()
+    inner = holder
+    for parent in parents:
+        inner = inner[parent]
+    was, inner[name] = inner[name], {"lines": 99} if isinstance(inner[name], dict) else 99
+    changes = claim(run, ConfigDict(holder), data)
+    assert changes and all(change.startswith(f"config.{field}") for change in changes)
+    if not isinstance(was, dict):
+        assert changes == [f"config.{field}: {was!r} there, 99 asked"]
+    assert workdir.load_config(run).to_dict() == holder
+    assert claim(run, ConfigDict(holder), data) == []
+
+
+@pytest.mark.parametrize("field", ["train.seed", "data.target_length", "model.d_ff"])
+def test_what_decides_may_not(run, data, field):
+    claim(run, ConfigDict(SHIPPED), data)
+    other = ConfigDict(SHIPPED)
+    group, name = field.split(".")
+    other[group][name] += 1
+    with pytest.raises(ValueError, match=f"config.{field}: "):
+        check(run, other)
+
+
+def test_fields_of_another_version_are_compared_with_their_defaults(run, data, monkeypatch):
+    newer = make_config()
+    newer.train.clip = 0.5
+    newer.more = ConfigDict({"a": 1, "b": {"c": 2}})
+    newer.model = ConfigDict({"window": None})  # Has a default in `TransformerConfig`.
+    base = ConfigDict(json.loads(newer.to_json()))
+    del base.model.window
+    monkeypatch.setattr(workdir, "base_config", lambda: base)
+    claim(run, make_config(), data)
+    claim(run, newer, data)
+    check(run, make_config())
+    newer.train.clip = 0.25
+    newer.more.b.c = 3
+    newer.model = ConfigDict({"window": 3})
     with pytest.raises(ValueError) as error:
-        workdir.claim(tmp_path, other)
-    head, *lines, advice = str(error.value).splitlines()
-    assert str(tmp_path) in head and "--workdir" in advice
-    assert [line.strip() for line in lines] == [
-        "config.extra: 'nothing' there, {'a': True} asked",
-        "config.limit: None there, 9 asked",
-        "config.sizes: [3, 5] there, [3, 5, 7] asked",
-        "config.task: 'translation' there, 'nothing' asked",
-        "config.train.mesh.fsdp: 1 there, 2 asked",
-        "config.train.steps: 70 there, 71 asked",
-        "config.window: None there, 7 asked",
-    ]
-    assert (tmp_path / "config.json").read_bytes() == first
+        check(run, newer)
+    assert "config.train.clip: 0.5 there, 0.25 asked" in str(error.value)
+    assert "config.more.b.c: 2 there, 3 asked" in str(error.value)
+    assert "config.model.window: None there, 3 asked" in str(error.value)
 
 
-def test_the_config_comes_back(tmp_path):
+def test_a_run_keeps_to_its_data(run, data, tmp_path):
+    """Wherever that lies."""
+    claim(run, make_config(), data)
+    check(run, make_config(), make_data(tmp_path / "elsewhere"))
+    first = contents(run)
+    for other, reason in (
+        (make_data(tmp_path / "more", examples=8), "data.manifest.splits.train.examples: 7 there"),
+        (make_data(tmp_path / "words", words="xyz"), "data.tokenizer_sha256: '"),
+    ):
+        with pytest.raises(ValueError, match=r"run on other data") as error:
+            claim(run, make_config(), other)
+        assert reason in str(error.value)
+        assert contents(run) == first
+
+
+def test_a_run_of_version_0_1_has_a_tokenizer_alone(run, data, tmp_path):
+    claim(run, make_config(), data)
+    (run / "data.json").unlink()
+    with pytest.raises(ValueError, match=r"data.tokenizer_sha256: '"):
+        check(run, make_config(), make_data(tmp_path / "words", words="xyz"))
+    claim(run, make_config(), data)
+    assert (run / "data.json").exists()
+
+
+def test_the_config_comes_back(run, data):
     config = make_config()
-    workdir.claim(tmp_path, config)
-    loaded = workdir.load_config(str(tmp_path))
+    claim(run, config, data)
+    loaded = workdir.load_config(str(run))
     assert isinstance(loaded, ConfigDict) and isinstance(loaded.train.mesh, ConfigDict)
     assert loaded.to_dict() == config.to_dict() | {"sizes": [3, 5], "limit": None}
     assert loaded.train.steps == 70 and loaded.train.learning_rate == 0.25
     assert loaded.window is None and loaded.words == "für"
     # What was loaded claims the directory too, as a resumed run may.
-    workdir.claim(tmp_path, loaded)
+    assert claim(run, loaded, data) == []
 
 
 @pytest.mark.parametrize("limit", [4, None])
-def test_a_placeholder_is_its_value(tmp_path, limit):
+def test_a_placeholder_is_its_value(run, data, limit):
     config = make_config()
     config.limit = limit
     config.train.limit = config.get_ref("limit")
-    workdir.claim(tmp_path, config)
-    loaded = workdir.load_config(tmp_path)
+    claim(run, config, data)
+    loaded = workdir.load_config(run)
     assert loaded.limit == loaded.train.limit == limit
-    assert json.loads((tmp_path / "config.json").read_text())["limit"] == limit
+    assert json.loads((run / "config.json").read_text())["limit"] == limit
 
 
 def test_no_config(tmp_path):
@@ -88,41 +227,148 @@ def test_no_config(tmp_path):
         workdir.load_config(tmp_path)
 
 
-def test_the_tokenizer_is_kept(tmp_path):
-    first, other, run = tmp_path / "first.model", tmp_path / "other.model", tmp_path / "run"
-    first.write_bytes(bytes(range(256)))
-    other.write_bytes(b"other")
-    run.mkdir()
-    path = workdir.keep_tokenizer(str(run), first)
-    assert path == run / "tokenizer.model" and path.read_bytes() == first.read_bytes()
-    assert workdir.keep_tokenizer(run, str(first)) == path
-    with pytest.raises(ValueError, match="run/tokenizer.model and .*other.model differ"):
-        workdir.keep_tokenizer(run, other)
-    assert path.read_bytes() == first.read_bytes()
-    assert files(run) == ["tokenizer.model"]
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_json_that_is_cut_short_is_named(run, data, name, content):
+    claim(run, make_config(), data)
+    (run / name).write_text(content)
+    with pytest.raises(ValueError, match=f"run/{name} is (cut short|not what was written)"):
+        check(run, make_config(), data)
+    if name == "config.json":
+        with pytest.raises(ValueError, match=f"run/{name} is (cut short|not what was written)"):
+            workdir.load_config(run)
 
 
 def killed(*args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
-def test_a_run_that_is_killed_leaves_no_half_written_file(tmp_path, monkeypatch, name):
-    """Killed when all is written but the name: the file is not there, and the next try makes it."""
-    source, run = tmp_path / "source.model", tmp_path / "run"
-    source.write_bytes(b"model")
-    run.mkdir()
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_claim_that_is_killed_is_none(run, data, monkeypatch, writes):
+    """Killed when all is written but a name: the next try, of another config, makes them all."""
+    replace, done = os.replace, []
 
-    def write():
-        if name == "config.json":
-            workdir.claim(run, make_config())
-        else:
-            workdir.keep_tokenizer(run, source)
+    def replace_some(*args):
+        replace(*args) if len(done) < writes else killed()
+        done.append(args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "replace", replace_some)
         with pytest.raises(KeyboardInterrupt):
-            write()
-    assert name not in files(run)
-    write()
-    assert files(run) == [name]
+            claim(run, make_config(), data)
+    assert not (run / "config.json").exists()
+    claim(run, make_config(window=3), data)
+    assert sorted(contents(run)) == ["config.json", "data.json", "tokenizer.model"]
+    assert workdir.load_config(run).window == 3
+
+
+def test_a_full_disk_names_the_file(run, data, monkeypatch):
+    def full(self, *args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(run), "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*run/data.json"):
+        claim(run, make_config(), data)
+
+
+SIZES = dict(vocab_size=300, d_model=6, d_ff=7, num_layers=1, num_heads=2, num_kv_heads=1)
+SIZES |= dict(head_dim=3, max_length=5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with a checkpoint, its weights, and another tokenizer with as many words."""
+    directory = tmp_path_factory.mktemp("trained")
+    for name, sentences in (("data", ["one two three"]), ("other", ["wo eno eerht"])):
+        Tokenizer.train(sentences * 9, make_data(directory / name) / "tokenizer.model", 270)
+        write_manifest(directory / name)
+    config = ConfigDict({"task": "language_model", "model": SIZES, "train": {"log_every": 1}})
+    about = describe(config, directory / "data")
+    run = directory / "run"
+    workdir.claim(run, about, directory / "data")
+    model = build_model(config.task, SIZES, rngs=nnx.Rngs(0))
+    optimizer = build_optimizer("adamw", lambda _: 0.1)
+    params = nnx.as_pure(nnx.state(model))
+    # Where no process with one device could read it from.
+    params = jax.device_put(params, jax.devices()[-1])
+    with Checkpoints(run / "checkpoints", run=about) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(3), params, optimizer.init(params)))
+    return directory, params
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    """A copy of that run, to do harm to."""
+    return Path(shutil.copytree(trained[0] / "run", tmp_path / "own"))
+
+
+def test_a_run_is_loaded_with_all_that_decoding_needs(trained, own):
+    for path in (own, f"{own}/"):
+        run = workdir.load_run(path)
+        assert run.config.task == "language_model" and run.config.model.to_dict() == SIZES
+        assert run.tokenizer.decode(run.tokenizer.encode("one two")) == "one two"
+        leaves = zip(jax.tree.leaves(run.params), jax.tree.leaves(trained[1]), strict=True)
+        for found, saved in leaves:
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(saved))
+            assert found.devices() == {jax.devices()[0]}
+        logits = nnx.merge(nnx.graphdef(run.model), run.params)(jnp.ones((1, 5), jnp.int32))
+        assert logits.shape == (1, 5, 300)
+
+
+def change(path, **fields):
+    config = json.loads(path.read_text())
+    config["model"] |= fields
+    path.write_text(json.dumps(config))
+
+
+def test_what_decodes_is_what_was_trained(trained, own):
+    """A file that was exchanged is named, before there is garbage."""
+    shutil.copyfile(trained[0] / "other/tokenizer.model", own / "tokenizer.model")
+    change(own / "config.json", window=3)
+    with pytest.raises(ValueError) as error:
+        workdir.load_run(own)
+    for text in (f"{own}/config.json", f"{own}/tokenizer.model", "put it back"):
+        assert text in str(error.value)
+    assert "config.model.window: None there, 3 asked" in str(error.value)
+    assert "data.tokenizer_sha256: '" in str(error.value)
+    # One alone, and what has no arrays of other sizes.
+    shutil.copyfile(trained[0] / "data/tokenizer.model", own / "tokenizer.model")
+    with pytest.raises(ValueError, match="config.model.window: None there, 3 asked"):
+        workdir.load_run(own)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "checkpoints"])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_what_is_gone_is_named(own, name, how):
+    path = own / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if how == "empty":
+        path.touch()
+    with pytest.raises((ValueError, OSError), match=f"own/{name}"):
+        workdir.load_run(own)
+
+
+def test_another_number_that_decides_nothing_still_decodes(own):
+    config = json.loads((own / "config.json").read_text())
+    config["train"]["log_every"] = 7
+    (own / "config.json").write_text(json.dumps(config))
+    assert workdir.load_run(own).config.train.log_every == 7
+
+
+def test_runs_of_version_0_1_decode(own):
+    """Their checkpoints say nothing of the run."""
+    folder = own / "checkpoints/3"
+    signed = json.loads((folder / "manifest.json").read_text())
+    del signed["run.json"]
+    (folder / "manifest.json").write_text(json.dumps(signed))
+    (folder / "run.json").unlink()
+    (own / "data.json").unlink()
+    assert workdir.load_run(own).tokenizer.decode([]) == ""
+
+
+def test_a_checkpoint_of_another_run_is_none_of_this(trained, own):
+    signed = {"config": {"a": 1}, "data": {"tokenizer_sha256": "f00"}}
+    workdir.check_signed(own, {}, signed)
+    with pytest.raises(ValueError, match=r"config.a: 1 there, 2 asked"):
+        workdir.check_signed(own, signed, signed | {"config": {"a": 2}})
+    workdir.check_signed(own, signed, signed | {"config": {"a": 1, "evaluate": {"lines": 2}}})
