@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mqa_jax.core.checks import check_integer
+from mqa_jax.decode.arguments import check_token, known_values, typed_keys
 from mqa_jax.decode.search import Decoded
 from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
 
@@ -39,15 +41,21 @@ def generate(
     Args:
       model: an `EncoderDecoder` translates its prompts, a `DecoderOnly` continues them.
       prompt_BP: `[B, P]` ids padded on the right; a language model's begin with `bos_id`.
-      lengths_B: `[B]`, how many of the `P` are real.
+      lengths_B: `[B]`, how many of the `P` are real, at least 1.
       search: `greedy`, `sample` or `beam_search`, or a function with the same first arguments.
       max_new_tokens: `L`.
       bos_id: the id that a target sentence begins with.
       search_options: passed on to `search`.
 
     Raises:
-      ValueError: prompt and answer do not fit into the positions that the model knows.
+      ValueError: prompt and answer do not fit into the positions that the model knows; shapes that
+        do not fit; a length that is not from 1 to `P`, an id outside the vocabulary. Lengths that
+        are traced cannot be checked: `Decoded.is_finite` is False for a row with a wrong one.
     """
+    vocab_size = model.config.vocab_size
+    _check_prompts(prompt_BP, lengths_B, vocab_size)
+    check_token("bos_id", bos_id, vocab_size)
+    prompt_BP, lengths_B = (jnp.asarray(x, jnp.int32) for x in (prompt_BP, lengths_B))
     batch, prompt_length = prompt_BP.shape
     if isinstance(model, EncoderDecoder):
         cross = model.init_cross_cache(prompt_BP, lengths_B)
@@ -60,7 +68,28 @@ def generate(
         _, cache = model.prefill(prompt_BP, cache, lengths_B - 1)
         last_B = jnp.take_along_axis(prompt_BP, lengths_B[:, None] - 1, axis=1)[:, 0]
         step_fn = model.decode
+    # An id that the model does not have, so that nothing plausible is decoded.
+    is_length_B = (lengths_B >= 1) & (lengths_B <= prompt_length)
+    last_B = jnp.where(is_length_B, last_B, vocab_size)
     return search(step_fn, cache, last_B, max_new_tokens=max_new_tokens, **search_options)
+
+
+def _check_prompts(prompt_BP: Array, lengths_B: Array, vocab_size: int) -> None:
+    shape = np.shape(prompt_BP)
+    if len(shape) != 2 or not all(shape) or np.shape(lengths_B) != shape[:1]:
+        raise ValueError(
+            "prompt_BP must be [B, P] and lengths_B [B], with a token at least, not "
+            f"{list(shape)} and {list(np.shape(lengths_B))}"
+        )
+    for name, array in (("prompt_BP", prompt_BP), ("lengths_B", lengths_B)):
+        if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+            raise ValueError(f"{name} must be integers, not {jnp.result_type(array)}")
+    ids = known_values(prompt_BP)
+    for row, length in enumerate(known_values(lengths_B)):
+        check_integer(f"lengths_B[{row}]", length, most=shape[1])
+        # What is behind a prompt is of no concern.
+        for at, id in enumerate(ids[row * shape[1] :][:length]):
+            check_token(f"prompt_BP[{row}, {at}]", id, vocab_size)
 
 
 def _translate_step(model: EncoderDecoder, cross, tokens_R: Array, cache):
@@ -94,13 +123,17 @@ class Generator:
         call, so that a training run can evaluate again and again without compiling again.
       search: `greedy`, `sample` or `beam_search`, with all its options but `max_new_tokens` and
         `key` bound to it by `functools.partial`.
-      batch_size: rows a batch; the last one is filled up.
+      batch_size: rows a batch, at least 1; the last one is filled up.
       bos_id: the id that a target sentence begins with.
-      max_new_tokens: by default 50 more than the prompt's length (as in the paper's code base),
-        and never more than the model has positions for.
+      max_new_tokens: at least 1; None: 50 more than the prompt's length (as in the paper's code
+        base). Never more than the model has positions for.
 
     Attributes:
       stats: what has been decoded, and how long it took.
+
+    Raises:
+      ValueError: a number out of range, `bos_id` outside the vocabulary, or a language model with
+        no position left for a prompt.
     """
 
     def __init__(
@@ -114,9 +147,18 @@ class Generator:
     ):
         self._is_translation = isinstance(model, EncoderDecoder)
         self._max_length = model.config.max_length
-        self._batch_size = batch_size
+        self._vocab_size = model.config.vocab_size
+        check_token("bos_id", bos_id, self._vocab_size)
+        self._batch_size = check_integer("batch_size", batch_size)
         self._bos_id = bos_id
+        if max_new_tokens is not None:
+            max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
         self._max_new_tokens = max_new_tokens
+        if self.room < 1:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model knows "
+                f"{self._max_length} positions"
+            )
         graphdef = nnx.graphdef(model)
         dtype = jnp.dtype(model.config.dtype)
 
@@ -144,7 +186,9 @@ class Generator:
     @property
     def room(self) -> int:
         """Tokens of the longest prompt that can be decoded behind."""
-        return self._max_length - (0 if self._is_translation else self._max_new_tokens or 1)
+        if self._is_translation:
+            return self._max_length
+        return self._max_length - (1 if self._max_new_tokens is None else self._max_new_tokens)
 
     def __call__(
         self,
@@ -167,11 +211,22 @@ class Generator:
           the index of a prompt, and what was decoded for it, without the batch axis; not in order.
 
         Raises:
-          ValueError: a prompt without tokens, or of more than the model has positions for; nothing
-            has been decoded then.
+          ValueError: a prompt without tokens, of more than the model has positions for, or with an
+            id outside the vocabulary; as many keys as there are not prompts. Nothing has been
+            decoded then. While decoding: the model gave logits that are no numbers for a prompt,
+            whose answer is not given then.
         """
         for number, prompt in enumerate(prompts, start=1):
             self._check(name(number), prompt)
+        return self._answers(params, prompts, self._keys(keys, len(prompts)), name)
+
+    def _answers(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        keys: Array | None,
+        name: Callable[[int], str],
+    ) -> Iterator[tuple[int, Decoded]]:
         # Only prompts of one shape share a batch: what is decoded for one depends on no other then.
         by_shape = {}
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -194,6 +249,13 @@ class Generator:
                 own = jax.tree.map(
                     lambda x, row=row: x[row], dataclasses.replace(decoded, steps=None)
                 )
+                # A search of one's own may not know.
+                if own.is_finite is not None and not own.is_finite:
+                    raise ValueError(
+                        f"{name(i + 1)}: the model's logits were NaN or infinite behind "
+                        f"{own.length.max()} new tokens, so nothing can be decoded: check that its "
+                        "weights are finite, and that they are of this model"
+                    )
                 self.stats.tokens += int(own.length.flat[0])
                 yield i, dataclasses.replace(own, steps=decoded.steps)
 
@@ -222,20 +284,40 @@ class Generator:
         return decoded
 
     def _check(self, name: str, prompt: Sequence[int]) -> None:
-        """A prompt must have a token, and leave room for at least one more."""
-        if not len(prompt):
+        """A prompt is of ids, has at least one, and leaves room for at least one more."""
+        ids = np.asarray(prompt)
+        if not ids.size and ids.ndim == 1:
             raise ValueError(f"{name} has no tokens: give one at least")
-        if len(prompt) > self.room:
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"{name} must be a sequence of integers, the ids, not {prompt!r}")
+        if ids.size > self.room:
             raise ValueError(
-                f"{name} has {len(prompt)} tokens, but there is room for {self.room} (the model "
+                f"{name} has {ids.size} tokens, but there is room for {self.room} (the model "
                 f"knows {self._max_length} positions): split it, or train a model with a larger "
                 "max_length"
             )
+        if (wrong := np.flatnonzero((ids < 0) | (ids >= self._vocab_size))).size:
+            raise ValueError(
+                f"{name} has the id {ids[wrong[0]]} at index {wrong[0]}, but the vocabulary has "
+                f"{self._vocab_size} tokens: was it made by another tokenizer?"
+            )
+
+    def _keys(self, keys: Array | None, count: int) -> Array | None:
+        """A key for each of `count` prompts."""
+        if keys is None:
+            return None
+        keys = typed_keys(keys)
+        if keys.shape != (count,):
+            raise ValueError(
+                f"keys must be one PRNG key a prompt, [{count}], not {list(keys.shape)}: "
+                f"jax.random.split(key, {count})"
+            )
+        return keys
 
     def _shape(self, length: int) -> tuple[int, int]:
         """Prompt width and new tokens of the batch that a prompt of `length` tokens goes into."""
         width = -(-length // BUCKET) * BUCKET
-        limit = self._max_new_tokens or width + 50
+        limit = width + 50 if self._max_new_tokens is None else self._max_new_tokens
         if self._is_translation:
             return min(width, self._max_length), min(limit, self._max_length)
         width = min(width, self.room)

@@ -117,7 +117,8 @@ class LineDecoder(Generator):
             "split" it, translations only, at sentences, or words, and join the outputs.
 
         Raises:
-          ValueError: a line has no room and `on_long` is "error"; nothing has been decoded then.
+          ValueError: a line has no room and `on_long` is "error"; as many keys as there are not
+            lines. Nothing has been decoded then. And as a call does while decoding.
         """
         if on_long not in ON_LONG:
             raise ValueError(f"on_long {on_long!r} is not one of {', '.join(ON_LONG)}")
@@ -127,7 +128,7 @@ class LineDecoder(Generator):
                 "of it; on_long=cut keeps its end"
             )
         parts = [self._parts(number, line, on_long) for number, line in enumerate(lines, start=1)]
-        return self._outputs(params, parts, keys)
+        return self._outputs(params, parts, self._keys(keys, len(lines)))
 
     def _outputs(
         self, params: nnx.State, lines: Sequence[Sequence[_Part]], keys: Array | None
@@ -202,6 +203,8 @@ class LineDecoder(Generator):
                 )
             split = on_long == "split"
             pieces = self._split(number, line.strip()) if split else [("", self._cut(ids))]
+        for _, ids in pieces:
+            self._check(f"line {number}", ids)
         return [
             _Part((number, i), glue, np.array(ids, np.int32))
             for i, (glue, ids) in enumerate(pieces)

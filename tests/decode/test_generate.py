@@ -244,6 +244,126 @@ def test_a_prompt_without_tokens_is_refused(model_type):
 
 
 @both_models
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([4, 13], "prompt 2 has the id 13 at index 1, but the vocabulary has 13 tokens"),
+        ([-1, 4], "prompt 2 has the id -1 at index 0"),
+        ([4, 2**40], f"prompt 2 has the id {2**40} at index 1"),
+        ([4.0], r"prompt 2 must be a sequence of integers, the ids, not \[4\.0\]"),
+        ([True], r"prompt 2 must be .* not \[True\]"),
+        ([[4]], r"prompt 2 must be .* not \[\[4\]\]"),
+        ("4", "prompt 2 must be .* not '4'"),
+        (4, "prompt 2 must be .* not 4"),
+    ],
+)
+def test_ids_that_the_model_cannot_know_are_refused(model_type, prompt, message):
+    log, (model, params) = [], make_model(model_type)
+    search = functools.partial(record, log)
+    generator = Generator(model, search=search, batch_size=2, bos_id=BOS)
+    with pytest.raises(ValueError, match=message):
+        generator(params, [[4, 12], prompt, [5]])
+    assert log == []
+    assert len(list(generator(params, [[0, 12], np.array([3], np.uint8)]))) == 2
+
+
+@both_models
+def test_numbers_of_a_generator(model_type):
+    model, params = make_model(model_type)
+    make = functools.partial(Generator, model, search=greedy)
+    for options, message in [
+        (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+        (dict(batch_size=2.0), r"batch_size must be an integer, not 2\.0"),
+        (dict(bos_id=13), "bos_id=13 is not in the vocabulary of 13"),
+        (dict(bos_id=-1), "bos_id=-1 is not in the vocabulary of 13"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
+        (dict(max_new_tokens=-1), "max_new_tokens must be at least 1, not -1"),
+        (dict(max_new_tokens=True), "max_new_tokens must be an integer, not True"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(**dict(batch_size=2, bos_id=BOS) | options)
+    if model_type is DecoderOnly:
+        with pytest.raises(ValueError, match="max_new_tokens=40 leaves no room .* 40 positions"):
+            make(batch_size=2, bos_id=BOS, max_new_tokens=MAX_LENGTH)
+    for search, message in [
+        (functools.partial(greedy, eos_id=13), "eos_id=13 is not in the vocabulary of 13"),
+        (functools.partial(greedy, pad_id=-1), "pad_id=-1 is not in the vocabulary of 13"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Generator(model, search=search, batch_size=2, bos_id=BOS).tokens(params, [[4]])
+
+
+@both_models
+def test_a_key_for_every_prompt(model_type):
+    model, params = make_model(model_type)
+    decoder = make_decoder(model, SEARCHES["sample"], max_new_tokens=3)
+    lines, key = make_lines(2, 3), jax.random.key(0)
+    for keys, shape in [(jax.random.split(key, 1), r"\[1\]"), (key, r"\[\]")]:
+        for decode in (decoder, decoder.texts):
+            with pytest.raises(ValueError, match=rf"one PRNG key a prompt, \[2\], not {shape}"):
+                decode(params, lines, keys)
+    old = decoder.tokens(params, lines, jax.random.split(jax.random.PRNGKey(0)))
+    assert old == decoder.tokens(params, lines, jax.random.split(key))
+
+
+@both_models
+@pytest.mark.parametrize("name", SEARCHES)
+def test_what_is_no_number_is_no_answer(model_type, name):
+    """Those before are given; the one of which nothing can be decoded is named."""
+    model, params = make_model(model_type)
+    decoder = make_decoder(model, SEARCHES[name], max_new_tokens=1)
+    keys = jax.random.split(jax.random.key(0), 3) if name == "sample" else None
+    # Token 5 is in one prompt alone.
+    table = params["embedding"]["table"][...].copy()
+    table[5, 3] = np.nan
+    params["embedding"]["table"] = params["embedding"]["table"].replace(table)
+    answers = decoder(params, ["4 7 3", "4 5 3", "4"], keys)
+    if model_type is EncoderDecoder:
+        # Its softmax weights are the table.
+        message = "line 3: .* NaN or infinite behind 0 new tokens.* weights"
+    else:
+        assert next(answers)[0] == 2
+        message = "line 2: .* NaN or infinite behind 0 new tokens.* weights"
+    with pytest.raises(ValueError, match=message):
+        for i, decoded in answers:
+            assert i == 0 and decoded.is_finite
+
+
+@both_models
+def test_prompts_of_generate(model_type):
+    """Checked where they are known; where they are traced the answer is flagged."""
+    model, params = make_model(model_type)
+    merged = nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, params))
+    options = dict(search=greedy, bos_id=BOS, max_new_tokens=2)
+    run = functools.partial(generate, merged, **options)
+    prompt_BP = np.array([[4, 5, 6], [7, 8, -100]])
+    for prompt, lengths, message in [
+        (prompt_BP, [3, 0], r"lengths_B\[1\] must be from 1 to 3, not 0"),
+        (prompt_BP, [-1, 2], r"lengths_B\[0\] must be from 1 to 3, not -1"),
+        (prompt_BP, [4, 2], r"lengths_B\[0\] must be from 1 to 3, not 4"),
+        (prompt_BP, [3, 3], r"prompt_BP\[1, 2\]=-100 is not in the vocabulary of 13"),
+        (prompt_BP + 7, [3, 2], r"prompt_BP\[0, 2\]=13 is not in the vocabulary of 13"),
+        (prompt_BP, [3.0, 2.0], "lengths_B must be integers, not float32"),
+        (prompt_BP.astype(np.float32), [3, 2], "prompt_BP must be integers, not float32"),
+        (prompt_BP, [3], r"not \[2, 3\] and \[1\]"),
+        (prompt_BP[0], [3, 2], r"not \[3\] and \[2\]"),
+        (prompt_BP[:0], [], r"not \[0, 3\] and \[0\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(prompt, jnp.array(lengths))
+    with pytest.raises(ValueError, match="bos_id=13 is not in the vocabulary of 13"):
+        run(prompt_BP, np.array([3, 2]), bos_id=13)
+    traced = jax.jit(lambda *arrays: dataclasses.replace(run(*arrays), cache=None))
+    whole = traced(np.abs(prompt_BP) % 13, np.array([3, 2]))
+    assert np.all(whole.is_finite)
+    for length in (0, -1, -7, 4):
+        broken = traced(np.abs(prompt_BP) % 13, np.array([3, length]))
+        np.testing.assert_array_equal(broken.is_finite, [True, False])
+        np.testing.assert_array_equal(broken.tokens[0], whole.tokens[0])
+        np.testing.assert_array_equal(broken.length, [2, 0])
+
+
+@both_models
 def test_no_lines(model_type):
     model, params = make_model(model_type)
     assert list(make_decoder(model, greedy)(params, [])) == []
