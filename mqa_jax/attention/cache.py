@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.explicit import automatic, partition, spec
 
 
@@ -63,6 +64,7 @@ class KVCache:
     @automatic(lambda self, **_: _beam_spec(self))
     def expand(self, beam_size: int) -> "BeamCache":
         """The cache of a beam search: what is held so far is what all hypotheses begin with."""
+        check_integer("beam_size", beam_size)
         batch, _, slots, _ = self.key.shape
 
         def with_lanes(x_BKSH: Array) -> Array:
@@ -178,8 +180,10 @@ class RingCache:
         if key_BTKH.shape[1] == 1:
             return cache, cache.key, cache.value, cache._positions(), no_overflow
         # The first of several queries still see tokens that the last of them push out.
-        key_BKSH = jnp.concatenate([self.key, jnp.swapaxes(key_BTKH, 1, 2)], axis=2)
-        value_BKSH = jnp.concatenate([self.value, jnp.swapaxes(value_BTKH, 1, 2)], axis=2)
+        key_BKSH, value_BKSH = (
+            jnp.concatenate([held, jnp.swapaxes(new, 1, 2).astype(held.dtype)], axis=2)
+            for held, new in ((self.key, key_BTKH), (self.value, value_BTKH))
+        )
         position_BS = jnp.concatenate(
             [self._positions(), jnp.where(is_token_BT, position_BT, -1)], axis=1
         )

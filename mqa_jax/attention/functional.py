@@ -1,4 +1,4 @@
-"""Attention as a pure function, and the masks that it takes.
+"""Attention as a pure function.
 
 One code path serves multi-head, grouped-query and multi-query attention. With `N` query heads and
 `K` key/value heads the queries are viewed as `[B, T, K, G, H]`, `G = N / K`; keys and values are
@@ -17,45 +17,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from mqa_jax.attention.masks import causal_mask, check_mask, check_window
+from mqa_jax.core.arrays import as_floats
+from mqa_jax.core.checks import check_number
 from mqa_jax.core.explicit import automatic, spec
 from mqa_jax.core.linear import FEW_ROWS
 
 # Queries of longer sequences are taken block by block, so that memory grows with the length and
 # not with its square.
 QUERY_BLOCK = 512
-
-
-def causal_mask(
-    query_positions_BT: Array, key_positions_BS: Array, window: int | None = None
-) -> Array:
-    """Which keys a query may see: those at its own position and before, `window` of them at most.
-
-    Returns:
-      bool `[B, 1, T, S]`, True where `query - window < key <= query`. A negative key position marks
-      an empty cache slot, which nothing sees.
-    """
-    query = query_positions_BT[:, None, :, None]
-    key = key_positions_BS[:, None, None, :]
-    mask = (key <= query) & (key >= 0)
-    return mask if window is None else mask & (key > query - window)
-
-
-def segment_mask(query_segment_ids_BT: Array, key_segment_ids_BS: Array) -> Array:
-    """Keeps packed sentences apart: True where both sides carry the same segment id, 0 excepted.
-
-    Segment id 0 stands for padding, which nothing sees.
-
-    Returns:
-      bool `[B, 1, T, S]`.
-    """
-    query = query_segment_ids_BT[:, None, :, None]
-    key = key_segment_ids_BS[:, None, None, :]
-    return (query == key) & (key != 0)
-
-
-def padding_mask(lengths_B: ArrayLike, length: int) -> Array:
-    """bool `[B, 1, 1, S]`, `S = length`: True for the first `lengths_B[b]` keys of row `b`."""
-    return jnp.arange(length)[None, None, None, :] < jnp.asarray(lengths_B)[:, None, None, None]
 
 
 @automatic(lambda query_BTNH, **_: spec(query_BTNH))
@@ -75,6 +45,9 @@ def dot_product_attention(
     section 3, where keys and values have no heads axis at all). The softmax is taken in float32
     whatever the dtype of the inputs.
 
+    What the mask hides from a query has no influence on it, not even where it is NaN or infinite,
+    and none on the gradients that come from it. A NaN that a query does see makes it NaN.
+
     Args:
       query_BTNH: queries.
       key_BSKH: keys; `K` must divide `N`.
@@ -87,20 +60,23 @@ def dot_product_attention(
       scale: what the logits are multiplied by; `H ** -0.5` when None.
 
     Returns:
-      `[B, T, N, H]` in the dtype of the queries.
+      `[B, T, N, H]` in the dtype of the queries; zeros where there are no keys (`S = 0`).
 
     Raises:
-      ValueError: shapes that do not fit, a mask that is not bool, a window below 1, or a causal
-        rule for `T != S` (which key the first query stands at would be a guess: pass a mask).
+      ValueError: arrays that are not floats, shapes that do not fit, a mask that is not bool, a
+        window below 1, a scale that is not finite, or a causal rule for `T != S` (which key the
+        first query stands at would be a guess: pass a mask).
     """
-    query_BTNH, key_BSKH, value_BSKH = map(jnp.asarray, (query_BTNH, key_BSKH, value_BSKH))
+    query_BTNH = as_floats("query_BTNH", query_BTNH)
+    key_BSKH, value_BSKH = as_floats("key_BSKH", key_BSKH), as_floats("value_BSKH", value_BSKH)
     _check_shapes(query_BTNH, key_BSKH, value_BSKH)
+    if scale is not None and not isinstance(scale, jax.Array):
+        scale = check_number("scale", scale)
     batch, length = query_BTNH.shape[:2]
     if mask is not None:
-        mask = jnp.asarray(mask)
-        check_mask(mask, (batch, query_BTNH.shape[2], length, key_BSKH.shape[1]))
+        mask = check_mask(mask, (batch, query_BTNH.shape[2], length, key_BSKH.shape[1]))
+    check_window(window)
     if is_causal or window is not None:
-        check_window(window)
         if length != key_BSKH.shape[1]:
             raise ValueError(
                 f"is_causal and window need as many queries as keys, but T={length} and "
@@ -110,7 +86,12 @@ def dot_product_attention(
         positions = jnp.arange(length)[None]
         causal = causal_mask(positions, positions, window)
         mask = causal if mask is None else mask & causal
-    return attend(query_BTNH, heads_first(key_BSKH), heads_first(value_BSKH), mask, scale)
+    # A product of two dtypes is taken in the wider one.
+    dtypes = (x.dtype for x in (query_BTNH, key_BSKH, value_BSKH))
+    dtype = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+    key_BKSH, value_BKSH = (heads_first(x.astype(dtype)) for x in (key_BSKH, value_BSKH))
+    output_BTNH = attend(query_BTNH.astype(dtype), key_BKSH, value_BKSH, mask, scale)
+    return output_BTNH.astype(query_BTNH.dtype)
 
 
 def attend(
@@ -118,14 +99,91 @@ def attend(
     key_BKSH: Array,
     value_BKSH: Array,
     mask: Array | None,
-    scale: float | None = None,
-    dropout: Callable[[Array], Array] | None = None,
+    scale: float | Array | None = None,
 ) -> Array:
-    """The attention every public name of this file ends in; keys and values in cache layout."""
+    """As `dot_product_attention`, of what is checked already; keys and values in cache layout.
+
+    What is hidden may be anything, such as slots of a cache that were never written. Keys and
+    values may be of another dtype than the queries: they are read as they are.
+    """
+    if mask is None or 0 in (query_BTNH.size, key_BKSH.size):
+        return attend_finite(query_BTNH, key_BKSH, value_BKSH, None, scale)
+    scale = jnp.asarray(query_BTNH.shape[-1] ** -0.5 if scale is None else scale, jnp.float32)
+    return _attend_masked(query_BTNH, key_BKSH, value_BKSH, scale, mask)
+
+
+@jax.custom_jvp
+def _attend_masked(
+    query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, scale: Array, mask: Array
+) -> Array:
+    return attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale, hides_finite=False)
+
+
+@_attend_masked.defjvp
+def _attend_masked_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """The gradient would multiply what is hidden by zero, and so the arrays are made finite first.
+
+    Not so in `_attend_masked`: a decode step has no gradient, and would read its cache twice.
+    """
+    *arrays, mask = primals
+
+    def attend(query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, scale: Array) -> Array:
+        query_BTNH, is_bad_BTN = finite(query_BTNH)
+        (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(
+            finite, (key_BKSH, value_BKSH)
+        )
+        output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale)
+        sees_bad_BKGT = _sees(_by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
+        # `G` and `T` may be 1 in here, and are not in the queries.
+        is_bad_BTKG = is_bad_BTN.reshape(*is_bad_BTN.shape[:2], key_BKSH.shape[1], -1)
+        is_bad_BTKG |= jnp.moveaxis(sees_bad_BKGT, 3, 1)
+        return spoil(output_BTNH, is_bad_BTKG.reshape(is_bad_BTN.shape))
+
+    return jax.jvp(attend, tuple(arrays), tuple(tangents[:-1]))
+
+
+def finite(x: Array) -> tuple[Array, Array]:
+    """`x` with zeros for what is not finite; and which vectors, its last axis, were not."""
+    is_finite = jnp.isfinite(x)
+    return jnp.where(is_finite, x, jnp.zeros((), x.dtype)), ~jnp.all(is_finite, axis=-1)
+
+
+def spoil(x: Array, is_spoiled: Array) -> Array:
+    """`x` with NaN for the vectors that are marked. A sum, so that their gradient goes on."""
+    return x + jnp.where(is_spoiled, jnp.nan, 0.0).astype(x.dtype)[..., None]
+
+
+def _by_group(mask: Array, num_kv_heads: int) -> Array:
+    """A mask `[B, N, T, S]`, whose axes may be 1, as `[B, K, G, T, S]`."""
+    if mask.shape[1] == 1:
+        return mask[:, :, None]
+    return mask.reshape(mask.shape[0], num_kv_heads, -1, *mask.shape[2:])
+
+
+def _sees(mask_BKGTS: Array, is_bad_BKS: Array) -> Array:
+    """bool `[B, K, G, T]`, or 1 where the mask has 1: which queries see a key that is marked."""
+    return jnp.any(mask_BKGTS & is_bad_BKS[:, :, None, None], axis=-1)
+
+
+def attend_finite(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask: Array | None,
+    scale: float | Array | None = None,
+    dropout: Callable[[Array], Array] | None = None,
+    hides_finite: bool = True,
+) -> Array:
+    """The attention every public name of this file ends in, for arrays that are finite.
+
+    With `hides_finite=False` keys and values that are hidden may be anything; without a gradient.
+    """
+    if 0 in (query_BTNH.size, key_BKSH.size):
+        return jnp.zeros_like(query_BTNH)
     length = query_BTNH.shape[1]
     # A mask of dropout belongs to all queries at once.
     if length <= 2 * QUERY_BLOCK or dropout is not None:
-        return _attend_block(query_BTNH, key_BKSH, value_BKSH, mask, scale, dropout)
+        return _attend_block(query_BTNH, key_BKSH, value_BKSH, mask, scale, dropout, hides_finite)
     blocks = -(-length // QUERY_BLOCK)
 
     def split(x: Array, axis: int) -> Array:
@@ -142,9 +200,9 @@ def attend(
     @jax.checkpoint  # Backward computes the logits of a block again, else it would keep them all.
     def attend(block: tuple[Array, Array | None]) -> Array:
         query, block_mask = block
-        return _attend_block(
-            query, key_BKSH, value_BKSH, block_mask if has_query_axis else mask, scale, None
-        )
+        if not has_query_axis:
+            block_mask = mask
+        return _attend_block(query, key_BKSH, value_BKSH, block_mask, scale, None, hides_finite)
 
     output = lax.map(attend, (split(query_BTNH, 1), split(mask, 2) if has_query_axis else None))
     return jnp.moveaxis(output, 0, 1).reshape(query_BTNH.shape[0], -1, *query_BTNH.shape[2:])[
@@ -157,10 +215,11 @@ def _attend_block(
     key_BKSH: Array,
     value_BKSH: Array,
     mask: Array | None,
-    scale: float | None,
+    scale: float | Array | None,
     dropout: Callable[[Array], Array] | None,
+    hides_finite: bool,
 ) -> Array:
-    batch, length, num_heads, head_dim = query_BTNH.shape
+    batch, length, _, head_dim = query_BTNH.shape
     num_kv_heads = key_BKSH.shape[1]
     query_BTKGH = query_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim)
     query_BKGTH = jnp.moveaxis(query_BTKGH, 1, 3)
@@ -170,10 +229,7 @@ def _attend_block(
     logits_BKGTS = _query_key(query_BKRH, key_BKSH).reshape(*query_BKGTH.shape[:4], -1)
     logits_BKGTS *= head_dim**-0.5 if scale is None else scale
     if mask is not None:
-        if mask.shape[1] == num_heads:
-            mask = mask.reshape(mask.shape[0], num_kv_heads, -1, *mask.shape[2:])
-        else:
-            mask = mask[:, :, None]
+        mask = _by_group(mask, num_kv_heads)
         # A finite fill, so that a row with every key masked has a finite softmax (and gradient);
         # the second `where` then makes that row zero, as documented.
         logits_BKGTS = jnp.where(mask, logits_BKGTS, jnp.finfo(jnp.float32).min)
@@ -183,8 +239,12 @@ def _attend_block(
     weights_BKGTS = weights_BKGTS.astype(value_BKSH.dtype)
     if dropout is not None:
         weights_BKGTS = dropout(weights_BKGTS)
-    weights_BKRS = weights_BKGTS.reshape(*query_BKRH.shape[:3], -1)
-    output_BKGTH = _weights_value(weights_BKRS, value_BKSH).reshape(query_BKGTH.shape)
+    if hides_finite or mask is None:
+        weights_BKRS = weights_BKGTS.reshape(*query_BKRH.shape[:3], -1)
+        output_BKRH = _weights_value(weights_BKRS, value_BKSH)
+    else:
+        output_BKRH = _weights_seen_value(weights_BKGTS, value_BKSH, mask)
+    output_BKGTH = output_BKRH.reshape(query_BKGTH.shape)
     output_BTKGH = jnp.moveaxis(output_BKGTH, 3, 1)
     return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
 
@@ -227,21 +287,72 @@ def _query_key(query_BKRH: Array, key_BKSH: Array) -> Array:
         query_BKRH, key_BKSH = lax.optimization_barrier((query_BKRH, key_BKSH))
         product_BKSH = key_BKSH.astype(jnp.float32) * query_BKRH.astype(jnp.float32)
         return jnp.sum(product_BKSH, axis=3)[:, :, None]
+    query_BKRH = query_BKRH.astype(key_BKSH.dtype)
+    if query_BKRH.shape[:2] == (1, 1) and key_BKSH.dtype != jnp.float32:
+        # Else XLA on a CPU may fold the transposes of two projections into this product, late, and
+        # then finds that it has no such product of bfloat16.
+        query_BKRH, key_BKSH = lax.optimization_barrier((query_BKRH, key_BKSH))
     return jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)
 
 
-def _weights_value(weights_BKRS: Array, value_BKSH: Array) -> Array:
-    """`[B, K, R, H]`."""
+def _weights_value(
+    weights_BKRS: Array, value_BKSH: Array, is_seen_BKS: Array | None = None
+) -> Array:
+    """`[B, K, R, H]`; of values that are not seen nothing is known where `is_seen_BKS` is given."""
     rows = weights_BKRS.shape[2]
     if _is_sum(rows, value_BKSH):
         weights_BKRS, value_BKSH = lax.optimization_barrier((weights_BKRS, value_BKSH))
         weights_BKS1 = weights_BKRS[:, :, 0, :, None].astype(jnp.float32)
-        return jnp.sum(value_BKSH.astype(jnp.float32) * weights_BKS1, axis=2, keepdims=True)
+        product_BKSH = value_BKSH.astype(jnp.float32) * weights_BKS1
+        if is_seen_BKS is not None:
+            product_BKSH = jnp.where(is_seen_BKS[..., None], product_BKSH, 0.0)
+        return jnp.sum(product_BKSH, axis=2, keepdims=True)
+    if is_seen_BKS is not None:
+        value_BKSH = jnp.where(is_seen_BKS[..., None], value_BKSH, jnp.zeros((), value_BKSH.dtype))
     output_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, value_BKSH)
     if rows <= FEW_ROWS:
         # Else XLA transposes the product, not its output, which is five times as slow on a CPU.
         output_BKRH = lax.optimization_barrier(output_BKRH)
     return output_BKRH
+
+
+@jax.jit
+def _weights_seen_value(weights_BKGTS: Array, value_BKSH: Array, mask_BKGTS: Array) -> Array:
+    """`[B, K, R, H]`, from values of which those that the mask hides may be anything.
+
+    A hidden NaN times a weight of 0 is NaN. Where all rows of a head see the same, values can be
+    hidden on their way into a sum, or into a product that the compiler fuses them with. XLA on a
+    CPU does not, so there the output is looked at, and made again where it is not finite: that
+    reads nothing twice. So it is, but on a GPU, where rows see different keys.
+    """
+    weights_BKRS = weights_BKGTS.reshape(*weights_BKGTS.shape[:2], -1, weights_BKGTS.shape[-1])
+    sees_alike = mask_BKGTS.shape[2:4] == (1, 1)
+
+    def hidden(weights_BKRS: Array, value_BKSH: Array, mask_BKGTS: Array) -> Array:
+        if sees_alike or weights_BKRS.shape[2] == 1:
+            return _weights_value(weights_BKRS, value_BKSH, mask_BKGTS[:, :, 0, 0])
+        value_BKSH, is_bad_BKS = finite(value_BKSH)
+        sees_bad_BKGT = jnp.broadcast_to(_sees(mask_BKGTS, is_bad_BKS), weights_BKGTS.shape[:4])
+        output_BKRH = _weights_value(weights_BKRS, value_BKSH)
+        return spoil(output_BKRH, sees_bad_BKGT.reshape(output_BKRH.shape[:3]))
+
+    def checked(weights_BKRS: Array, value_BKSH: Array, mask_BKGTS: Array) -> Array:
+        output_BKRH = _weights_value(weights_BKRS, value_BKSH)
+        return lax.cond(
+            jnp.all(jnp.isfinite(output_BKRH)),
+            lambda *_: output_BKRH,
+            hidden,
+            weights_BKRS,
+            value_BKSH,
+            mask_BKGTS,
+        )
+
+    arguments = weights_BKRS, value_BKSH, mask_BKGTS
+    if _is_sum(weights_BKRS.shape[2], value_BKSH):
+        return hidden(*arguments)
+    if sees_alike:
+        return lax.platform_dependent(*arguments, cpu=checked, default=hidden)
+    return lax.platform_dependent(*arguments, cpu=checked, tpu=checked, default=hidden)
 
 
 def heads_first(x_BSKH: Array) -> Array:
@@ -256,6 +367,8 @@ def _check_shapes(query_BTNH: Array, key_BSKH: Array, value_BSKH: Array) -> None
             f"expected query [B, T, N, H] and key and value alike [B, S, K, H], but got {shapes}"
         )
     batch, _, num_heads, head_dim = query_BTNH.shape
+    if 0 in (num_heads, key_BSKH.shape[2], head_dim):
+        raise ValueError(f"N, K and H must be at least 1, but got {shapes}")
     if key_BSKH.shape[0] != batch or key_BSKH.shape[3] != head_dim:
         raise ValueError(f"query and key must share B and H, but got {shapes}")
     if num_heads % key_BSKH.shape[2]:
@@ -263,19 +376,3 @@ def _check_shapes(query_BTNH: Array, key_BSKH: Array, value_BSKH: Array) -> None
             f"the {key_BSKH.shape[2]} key/value heads do not divide the {num_heads} query heads: "
             f"{shapes}"
         )
-
-
-def check_mask(mask: Array, shape_BNTS: tuple[int, int, int, int]) -> None:
-    fits = mask.ndim == 4 and all(
-        size in (1, full) for size, full in zip(mask.shape, shape_BNTS, strict=True)
-    )
-    if not fits or mask.dtype != bool:
-        raise ValueError(
-            f"mask must be bool and broadcast to [B, N, T, S] = {list(shape_BNTS)} with four axes "
-            f"(a key padding mask is mask[:, None, None, :]), not {mask.dtype} {list(mask.shape)}"
-        )
-
-
-def check_window(window: int | None) -> None:
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the token itself), not {window}")

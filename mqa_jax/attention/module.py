@@ -6,6 +6,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Required, TypedDict, TypeVar, Unpack, cast
 
 import jax
@@ -16,13 +17,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention.cache import BeamCache, CrossCache, KVCache, RingCache
 from mqa_jax.attention.functional import (
-    attend,
+    attend_finite,
     attend_to_cache,
-    causal_mask,
-    check_mask,
-    check_window,
+    finite,
     heads_first,
+    spoil,
 )
+from mqa_jax.attention.masks import causal_mask, check_lengths, check_mask, check_window
+from mqa_jax.core.arrays import as_floats, as_integers, check_dtype
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, explicit_mesh, partition, spec
 from mqa_jax.core.linear import linear
@@ -63,8 +66,9 @@ class Attention(nnx.Module):
       rngs: where the weights' initial values come from.
 
     Raises:
-      ValueError: a size below 1, `num_kv_heads` that does not divide `num_heads`, or no `head_dim`
-        where `num_heads` does not divide `d_model`.
+      ValueError: a size that is no integer of at least 1, `num_kv_heads` that does not divide
+        `num_heads`, no `head_dim` where `num_heads` does not divide `d_model`, a rate of dropout
+        outside `[0, 1)`, or a dtype that is no float.
     """
 
     def __init__(
@@ -80,11 +84,9 @@ class Attention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        for name, size in dict(
-            d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads
-        ).items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
+        d_model = check_integer("d_model", d_model)
+        num_heads = check_integer("num_heads", num_heads)
+        num_kv_heads = check_integer("num_kv_heads", num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: each "
@@ -96,13 +98,11 @@ class Attention(nnx.Module):
                     f"num_heads={num_heads} does not divide d_model={d_model}: give head_dim"
                 )
             head_dim = d_model // num_heads
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, not {head_dim}")
-        check_window(window)
-        self.window = window
-        self.dtype = dtype
+        head_dim = check_integer("head_dim", head_dim)
+        self.window = check_window(window)
+        self.dtype = check_dtype("dtype", dtype)
         self.dropout = Dropout(dropout_rate)
-        weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
+        weight = functools.partial(param, rngs=rngs, dtype=check_dtype("param_dtype", param_dtype))
         self.query = weight("NHD", (num_heads, head_dim, d_model), fan_in=d_model)
         self.key = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
         self.value = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
           memory_BSD: what is attended to (cross-attention); `x_BTD` itself when None.
           mask: bool, rank 4, broadcastable to `[B, N, T, S]`; True = attend.
           is_causal: a token sees itself and those before it (self-attention only).
-          rngs: dropout is applied when given (stream `dropout`), and is not when None.
+          rngs: dropout is applied when given (stream `dropout`), see `core.dropout`.
 
         Returns:
           `[B, T, D]`.
@@ -133,55 +133,87 @@ class Attention(nnx.Module):
         Raises:
           ValueError: shapes that do not fit, or a window or `is_causal` with a memory.
         """
-        self._check_input("x_BTD", x_BTD)
+        x_BTD = source_BSD = self._check_input("x_BTD", x_BTD)
         is_cross = memory_BSD is not None
         if is_cross:
-            self._check_input("memory_BSD", memory_BSD, batch=x_BTD.shape[0])
+            source_BSD = self._check_input("memory_BSD", memory_BSD, batch=x_BTD.shape[0])
             if is_causal or self.window is not None:
                 raise ValueError(
                     f"is_causal={is_causal}, window={self.window} with a memory: cross-attention "
                     "sees all of its memory; hide keys with a mask"
                 )
-        query_BTNH = self._project(x_BTD, self.query)
-        source_BSD = memory_BSD if is_cross else x_BTD
-        key_BKSH = heads_first(self._project(source_BSD, self.key))
-        value_BKSH = heads_first(self._project(source_BSD, self.value))
+        batch, length, _ = x_BTD.shape
         if mask is not None:
-            batch, length, num_heads, _ = query_BTNH.shape
-            check_mask(mask, (batch, num_heads, length, source_BSD.shape[1]))
+            num_heads = self.query.shape[0]
+            mask = check_mask(mask, (batch, num_heads, length, source_BSD.shape[1]))
         if is_causal or self.window is not None:
-            positions = jnp.arange(x_BTD.shape[1])[None]
+            positions = jnp.arange(length)[None]
             causal = causal_mask(positions, positions, self.window)
             mask = causal if mask is None else mask & causal
+        rngs = self.dropout.drops_with(rngs)
         dropout = None if rngs is None else functools.partial(self.dropout, rngs=rngs)
-        return self._output(attend(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout))
+        if mask is None:
+            return self._attend(x_BTD, source_BSD, None, dropout)
+        # What is hidden may be NaN, but no product may see it, and no gradient of one either.
+        x_BTD, is_bad_BT = finite(x_BTD.astype(self.dtype))
+        source_BSD, is_bad_BS = (
+            finite(source_BSD.astype(self.dtype)) if is_cross else (x_BTD, is_bad_BT)
+        )
+        output_BTD = self._attend(x_BTD, source_BSD, mask, dropout)
+        sees_bad_BT = jnp.any(mask & is_bad_BS[:, None, None], axis=(1, 3))
+        return spoil(output_BTD, is_bad_BT | sees_bad_BT)
+
+    def _attend(
+        self,
+        x_BTD: Array,
+        source_BSD: Array,
+        mask: Array | None,
+        dropout: Callable[[Array], Array] | None,
+    ) -> Array:
+        query_BTNH = self._project(x_BTD, self.query)
+        key_BKSH = heads_first(self._project(source_BSD, self.key))
+        value_BKSH = heads_first(self._project(source_BSD, self.value))
+        output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout)
+        return self._output(output_BTNH)
 
     @automatic(lambda self, batch, **_: _cache_spec(self, batch))
-    def init_cache(self, batch: int, length: int) -> KVCache | RingCache:
-        """An empty cache: of `length` slots, or a ring of `window` slots for local attention."""
-        num_kv_heads, head_dim, _ = self.key.shape
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None
+    ) -> KVCache | RingCache:
+        """An empty cache: of `length` slots, or a ring of `window` slots for local attention.
+
+        Of modules that are stacked (`nnx.vmap` over the constructor) the caches are as well.
+
+        Args:
+          batch: `B`.
+          length: tokens that a row has room for; a ring has room for any number.
+          dtype: of the keys and values in it; the module's own when None.
+        """
+        *stack, num_kv_heads, head_dim, _ = self.key.shape
+        batch, length = check_integer("batch", batch), check_integer("length", length)
+        dtype = self.dtype if dtype is None else check_dtype("dtype", dtype)
         cache_type, slots = (KVCache, length) if self.window is None else (RingCache, self.window)
-        if batch < 1 or slots < 1:
-            raise ValueError(f"a cache needs batch and length of at least 1, not {batch}, {length}")
-        shape = (batch, num_kv_heads, slots, head_dim)
+        shape = (*stack, batch, num_kv_heads, slots, head_dim)
         # Two buffers, not one twice: a donated buffer may be given away only once.
         return cache_type(
-            key=jnp.zeros(shape, self.dtype),
-            value=jnp.zeros(shape, self.dtype),
-            length=jnp.zeros(batch, jnp.int32),
+            key=jnp.zeros(shape, dtype),
+            value=jnp.zeros(shape, dtype),
+            length=jnp.zeros((*stack, batch), jnp.int32),
         )
 
     @automatic(lambda self, memory_BSD, **_: cross_cache_spec(self, *spec(memory_BSD)[:2]))
     def init_cross_cache(self, memory_BSD: Array, mask_BS: Array | None = None) -> CrossCache:
         """Projects an encoder's output, once; `mask_BS` (bool) is False where it is padding."""
-        self._check_input("memory_BSD", memory_BSD)
+        memory_BSD = self._check_input("memory_BSD", memory_BSD)
         if mask_BS is None:
             mask_BS = jnp.ones(memory_BSD.shape[:2], bool)
+        mask_BS = jnp.asarray(mask_BS)
         if mask_BS.shape != memory_BSD.shape[:2] or mask_BS.dtype != bool:
             raise ValueError(
                 f"mask_BS must be bool of shape {memory_BSD.shape[:2]}, the memory's, not "
                 f"{mask_BS.dtype} of shape {mask_BS.shape}"
             )
+        memory_BSD = without_padding(memory_BSD, mask_BS)
         return CrossCache(
             key=heads_first(self._project(memory_BSD, self.key)),
             value=heads_first(self._project(memory_BSD, self.value)),
@@ -210,21 +242,21 @@ class Attention(nnx.Module):
             turns to NaN instead.
         """
         batch = cache.length.shape[0]
-        self._check_input("x_BTD", x_BTD, batch=batch)
+        x_BTD = self._check_input("x_BTD", x_BTD, batch=batch)
         if isinstance(cache, BeamCache):
             return cast(tuple[Array, AnySelfCache], self._decode_beams(x_BTD, cache))
         length = x_BTD.shape[1]
         if lengths_B is None:
             lengths_B = jnp.full(batch, length, jnp.int32)
-        lengths_B = jnp.asarray(lengths_B, jnp.int32)
-        if lengths_B.shape != (batch,):
-            raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
-        is_wrong_B = (lengths_B < 0) | (lengths_B > length)
-        if not isinstance(is_wrong_B, jax.core.Tracer) and jnp.any(is_wrong_B):
-            raise ValueError(
-                f"lengths_B={lengths_B.tolist()}, but each row has {length} tokens: give lengths "
-                f"from 0 to {length}"
-            )
+            is_lost_B = jnp.zeros(batch, bool)
+        else:
+            lengths_B = as_integers("lengths_B", lengths_B).astype(jnp.int32)
+            if lengths_B.shape != (batch,):
+                raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
+            is_lost_B = check_lengths(lengths_B, length)
+            x_BTD = without_padding(x_BTD, jnp.arange(length)[None] < lengths_B[:, None])
+        if length == 0:
+            return x_BTD.astype(self.dtype), cache
         query_BTNH = self._project(x_BTD, self.query)
         key_BTKH = self._project(x_BTD, self.key)
         value_BTKH = self._project(x_BTD, self.value)
@@ -236,8 +268,8 @@ class Attention(nnx.Module):
         # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
         end_B = jnp.minimum(cache.length, key_BKSH.shape[2]) if length == 1 else None
         output_BTNH = attend_to_cache(query_BTNH, key_BKSH, value_BKSH, mask, end_B)
-        is_lost_B = (overflow_B | is_wrong_B)[:, None, None, None]
-        output_BTNH = jnp.where(is_lost_B, jnp.nan, output_BTNH)
+        is_lost_B |= overflow_B
+        output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
         return self._output(output_BTNH), cache
 
     def _decode_beams(self, x_R1D: Array, cache: BeamCache) -> tuple[Array, BeamCache]:
@@ -268,7 +300,7 @@ class Attention(nnx.Module):
         Raises:
           ValueError: as `prefill`, or `T != 1` with a self-attention cache.
         """
-        self._check_input("x_BTD", x_BTD)
+        x_BTD = self._check_input("x_BTD", x_BTD)
         if not isinstance(cache, CrossCache):
             if x_BTD.shape[1] != 1:
                 raise ValueError(
@@ -294,11 +326,17 @@ class Attention(nnx.Module):
     def _output(self, x_BTNH: Array) -> Array:
         return self._project(x_BTNH, self.out, num_inputs=2)
 
-    def _check_input(self, name: str, x: Array, batch: int | None = None) -> None:
-        d_model = self.out.shape[0]
+    def _check_input(self, name: str, x: ArrayLike, batch: int | None = None) -> Array:
+        d_model, x = self.out.shape[0], as_floats(name, x)
         if x.ndim != 3 or x.shape[2] != d_model or (batch is not None and x.shape[0] != batch):
             expected = f"[{'B' if batch is None else batch}, {name[-2]}, {d_model}]"
-            raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}")
+            hint = " (one row: x[None])" if x.ndim == 2 else ""
+            raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}{hint}")
+        return x
+
+
+def without_padding(x_BTD: Array, is_token_BT: Array) -> Array:
+    return jnp.where(is_token_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
 
 
 def _cache_spec(attention: Attention, batch: int) -> KVCache | RingCache:

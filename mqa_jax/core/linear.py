@@ -36,7 +36,7 @@ def linear(
       `[..., *outputs]`.
     """
     output_dtype = jnp.dtype(output_dtype or x.dtype)
-    if math.prod(x.shape[: x.ndim - num_inputs]) <= FEW_ROWS:
+    if 0 < math.prod(x.shape[: x.ndim - num_inputs]) <= FEW_ROWS:
         return _few_rows(x, weight, num_inputs, output_dtype)
     if output_dtype == x.dtype:
         return _dot(x, weight, num_inputs, output_dtype)

@@ -12,10 +12,13 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention.cache import CrossCache
-from mqa_jax.attention.module import SelfCache
+from mqa_jax.attention.masks import padding_mask, segment_mask
+from mqa_jax.attention.module import SelfCache, without_padding
+from mqa_jax.core.arrays import as_integers
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.sharding import over_batch
 from mqa_jax.model.config import TransformerConfig
@@ -32,11 +35,16 @@ class _Embedder(nnx.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def __call__(
-        self, tokens_BT: Array, table: Embedding, positions_BT: Array | None, rngs: nnx.Rngs | None
+        self,
+        tokens_BT: ArrayLike,
+        table: Embedding,
+        positions_BT: ArrayLike | None,
+        rngs: nnx.Rngs | None,
+        is_token_BT: Array | None = None,
     ) -> Array:
+        """`[B, T, D]`; zeros where `is_token_BT` is False, whatever ids and positions are there."""
+        tokens_BT = as_integers("tokens_BT", tokens_BT)
         max_length = self.positions.table.shape[0]
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"tokens must have shape [B, T], not {list(tokens_BT.shape)}")
         if positions_BT is None:
             if tokens_BT.shape[1] > max_length:
                 raise ValueError(
@@ -44,8 +52,19 @@ class _Embedder(nnx.Module):
                     "positions: shorten the input, or train with a larger max_length"
                 )
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        positions_BT = as_integers("positions_BT", positions_BT)
         x_BTD = table(tokens_BT) + self.positions(positions_BT)
-        return over_batch(self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs))
+        if is_token_BT is not None:
+            x_BTD = without_padding(x_BTD, is_token_BT)
+        return over_batch(self.dropout(x_BTD, rngs=rngs))
+
+
+def tokens_and_mask(segment_ids_BT: ArrayLike | None) -> tuple[Array | None, Array | None]:
+    """Which of `[B, T]` are tokens, and which see which; None and None for a whole sentence."""
+    if segment_ids_BT is None:
+        return None, None
+    mask = segment_mask(segment_ids_BT, segment_ids_BT)
+    return jnp.asarray(segment_ids_BT) != 0, mask
 
 
 class _EncoderLayer(nnx.Module):
@@ -57,7 +76,7 @@ class _EncoderLayer(nnx.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def __call__(self, x_BSD: Array, mask: Array | None, rngs: nnx.Rngs | None) -> Array:
-        drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
+        drop = functools.partial(self.dropout, rngs=rngs)
         x_BSD += drop(self.attention(self.attention_norm(x_BSD), mask=mask, rngs=rngs))
         return x_BSD + drop(self.feed_forward(self.feed_forward_norm(x_BSD), rngs=rngs))
 
@@ -82,7 +101,7 @@ class _DecoderLayer(nnx.Module):
         rngs: nnx.Rngs | None,
     ) -> Array:
         """Training: the whole sequence at once."""
-        drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
+        drop = functools.partial(self.dropout, rngs=rngs)
         y_BTD = self.attention(self.attention_norm(x_BTD), mask=mask, is_causal=True, rngs=rngs)
         x_BTD += drop(y_BTD)
         if memory_BSD is not None:
@@ -114,27 +133,49 @@ class _Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens_BT, table, positions_BT, *, memory_BSD=None, mask, memory_mask=None, rngs
+        self,
+        tokens_BT: ArrayLike,
+        table: Embedding,
+        positions_BT: ArrayLike | None,
+        segment_ids_BT: ArrayLike | None,
+        *,
+        memory_BSD: Array | None = None,
+        memory_mask: Array | None = None,
+        rngs: nnx.Rngs | None,
     ) -> Array:
-        x_BTD = self.embedder(tokens_BT, table, positions_BT, rngs)
+        is_token_BT, mask = tokens_and_mask(segment_ids_BT)
+        x_BTD = self.embedder(tokens_BT, table, positions_BT, rngs, is_token_BT)
         for layer in self.layers:
             x_BTD = self.config.call(layer, x_BTD, memory_BSD, mask, memory_mask, rngs)
-        return self.dropout(self.norm(x_BTD), deterministic=rngs is None, rngs=rngs)
+        return self.dropout(self.norm(x_BTD), rngs=rngs)
 
-    def extend(self, tokens_BT, table, cache, cross, lengths_B) -> tuple[Array, tuple]:
-        positions_BT = cache[0].length[:, None] + jnp.arange(tokens_BT.shape[1])[None]
-        x_BTD = self.embedder(tokens_BT, table, positions_BT, rngs=None)
+    def extend(
+        self,
+        tokens_BT: ArrayLike,
+        table: Embedding,
+        cache: tuple[SelfCache, ...],
+        cross: tuple[CrossCache | None, ...],
+        lengths_B: ArrayLike | None,
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        tokens_BT = as_integers("tokens_BT", tokens_BT)
+        length = tokens_BT.shape[1]
+        is_token_BT = None if lengths_B is None else padding_mask(lengths_B, length)[:, 0, 0]
+        positions_BT = cache[0].length[:, None] + jnp.arange(length)[None]
+        x_BTD = self.embedder(tokens_BT, table, positions_BT, None, is_token_BT)
         new_cache = []
         for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
             x_BTD, layer_cache = layer.extend(x_BTD, layer_cache, layer_cross, lengths_B)
             new_cache.append(layer_cache)
         return self.norm(x_BTD), tuple(new_cache)
 
-    def init_cache(self, batch: int, length: int) -> tuple[SelfCache, ...]:
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None
+    ) -> tuple[SelfCache, ...]:
+        length = check_integer("length", length)
         max_length = self.embedder.positions.table.shape[0]
         if length > max_length:
             raise ValueError(
                 f"a cache of {length} tokens, but the model knows {max_length} positions: ask for "
                 "fewer tokens, or train with a larger max_length"
             )
-        return tuple(layer.attention.init_cache(batch, length) for layer in self.layers)
+        return tuple(layer.attention.init_cache(batch, length, dtype) for layer in self.layers)

@@ -7,6 +7,9 @@ from flax import nnx
 from jax import Array
 
 from mqa_jax.attention import Attention
+from mqa_jax.attention.masks import check_window
+from mqa_jax.core.arrays import check_dtype
+from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.sharding import over_batch
 from mqa_jax.model.layers import FeedForward
 
@@ -52,22 +55,21 @@ class TransformerConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_ff", "num_layers", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        """Raises ValueError for a size, rate or dtype that no model can have."""
+        sizes = "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_length"
+        for name in sizes.split():
+            check_integer(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        check_window(self.window)
         for name in ("dropout_rate", "attention_dropout_rate", "relu_dropout_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+            check_number(name, getattr(self, name), least=0, below=1)
+        if not isinstance(self.remat, bool):
+            raise ValueError(f"remat must be True or False, not {self.remat!r}")
         for name in ("dtype", "param_dtype"):
-            try:
-                is_float = jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating)
-            except TypeError:
-                is_float = False
-            if not is_float:
-                raise ValueError(
-                    f"{name} must be a floating-point type, such as float32, bfloat16 or float16, "
-                    f"not {getattr(self, name)!r}"
-                )
+            check_dtype(name, getattr(self, name))
 
     def attention(self, rngs: nnx.Rngs, window: int | None = None) -> Attention:
         return Attention(

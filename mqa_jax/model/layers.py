@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
+from mqa_jax.core.arrays import as_floats, as_ids, check_dtype
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, partition, spec
 from mqa_jax.core.linear import linear
@@ -38,18 +40,19 @@ class FeedForward(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
+        d_model, d_ff = check_integer("d_model", d_model), check_integer("d_ff", d_ff)
+        weight = functools.partial(param, rngs=rngs, dtype=check_dtype("param_dtype", param_dtype))
         self.wi = weight("FD", (d_ff, d_model), fan_in=d_model)
         self.wo = weight("DF", (d_model, d_ff), fan_in=d_ff)
         self.dropout = Dropout(dropout_rate)
-        self.dtype = dtype
+        self.dtype = check_dtype("dtype", dtype)
 
     @automatic(lambda x_BTD, **_: spec(x_BTD))
-    def __call__(self, x_BTD: Array, *, rngs: nnx.Rngs | None = None) -> Array:
-        """`[B, T, D]` to `[B, T, D]`; dropout where `rngs` is given."""
-        x_BTD = x_BTD.astype(self.dtype)
+    def __call__(self, x_BTD: ArrayLike, *, rngs: nnx.Rngs | None = None) -> Array:
+        """`[..., D]` to `[..., D]`; dropout where `rngs` is given."""
+        x_BTD = as_floats("x_BTD", x_BTD, self.wi.shape[1]).astype(self.dtype)
         x_BTF = jax.nn.relu(linear(x_BTD, self.wi[...].astype(self.dtype)))
-        x_BTF = self.dropout(x_BTF, deterministic=rngs is None, rngs=rngs)
+        x_BTF = self.dropout(x_BTF, rngs=rngs)
         return linear(x_BTF, self.wo[...].astype(self.dtype))
 
 
@@ -58,16 +61,17 @@ class RMSNorm(nnx.RMSNorm):
 
     def __init__(self, d_model: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(
-            d_model,
+            check_integer("d_model", d_model),
             dtype=jnp.float32,
-            param_dtype=param_dtype,
+            param_dtype=check_dtype("param_dtype", param_dtype),
             scale_metadata={"axes": "D"},
             rngs=rngs,
         )
-        self.output_dtype = dtype
+        self.output_dtype = check_dtype("dtype", dtype)
 
     @automatic(lambda x_BTD, **_: spec(x_BTD))
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: ArrayLike) -> Array:
+        x_BTD = as_floats("x_BTD", x_BTD, self.scale.shape[0])
         return super().__call__(x_BTD.astype(jnp.float32)).astype(self.output_dtype)
 
 
@@ -93,16 +97,18 @@ class Embedding(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.table = param(axes, (num_embeddings, d_model), fan_in=1, rngs=rngs, dtype=param_dtype)
+        shape = check_integer("num_embeddings", num_embeddings), check_integer("d_model", d_model)
+        dtype, param_dtype = check_dtype("dtype", dtype), check_dtype("param_dtype", param_dtype)
+        self.table = param(axes, shape, fan_in=1, rngs=rngs, dtype=param_dtype)
         self.dtype = dtype
 
     @automatic(lambda ids, **_: partition(*spec(ids), None))
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: ArrayLike) -> Array:
         """`[...]` ids to `[..., D]` vectors; an id outside the table, a negative one too, to NaN.
 
         Under `jax.jit` no error can be raised; NaN cannot be overlooked, a clamped id can.
         """
-        num_embeddings = self.table.shape[0]
+        ids, num_embeddings = as_ids("ids", ids), self.table.shape[0]
         # `mode="fill"` alone would count a negative id from the end.
         ids = jnp.where(ids < 0, num_embeddings, ids)
         # Cast behind the lookup, so that the gradients of a token that occurs a thousand times are
@@ -112,8 +118,9 @@ class Embedding(nnx.Module):
         return lookup(table, ids).astype(self.dtype)
 
     @automatic(lambda self, x_BTD: logits_spec(self.table, *spec(x_BTD)[:-1]))
-    def logits(self, x_BTD: Array) -> Array:
-        """`[B, T, D]` to `[B, T, V]`, float32."""
+    def logits(self, x_BTD: ArrayLike) -> Array:
+        """`[..., D]` to `[..., V]`, float32."""
+        x_BTD = as_floats("x_BTD", x_BTD, self.table.shape[1])
         table_VD = self.table[...].astype(self.dtype)
         x_BTD = x_BTD.astype(self.dtype) * jnp.asarray(table_VD.shape[1] ** -0.5, self.dtype)
         return linear(x_BTD, table_VD, output_dtype=jnp.float32)
@@ -155,14 +162,15 @@ class Softmax(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = param(
-            "VD", (vocab_size, d_model), fan_in=d_model, rngs=rngs, dtype=param_dtype
-        )
+        shape = check_integer("vocab_size", vocab_size), check_integer("d_model", d_model)
+        dtype, param_dtype = check_dtype("dtype", dtype), check_dtype("param_dtype", param_dtype)
+        self.kernel = param("VD", shape, fan_in=shape[1], rngs=rngs, dtype=param_dtype)
         self.dtype = dtype
 
     @automatic(lambda self, x_BTD: logits_spec(self.kernel, *spec(x_BTD)[:-1]))
-    def logits(self, x_BTD: Array) -> Array:
-        """`[B, T, D]` to `[B, T, V]`, float32."""
+    def logits(self, x_BTD: ArrayLike) -> Array:
+        """`[..., D]` to `[..., V]`, float32."""
+        x_BTD = as_floats("x_BTD", x_BTD, self.kernel.shape[1])
         kernel_VD = self.kernel[...].astype(self.dtype)
         return linear(x_BTD.astype(self.dtype), kernel_VD, output_dtype=jnp.float32)
 

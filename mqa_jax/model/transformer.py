@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention import padding_mask, segment_mask
 from mqa_jax.attention.cache import CrossCache
 from mqa_jax.attention.module import SelfCache, cross_cache_spec
+from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, partition, spec
-from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer
+from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer, tokens_and_mask
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.layers import Embedding, RMSNorm, Softmax, logits_spec
 
@@ -86,16 +87,15 @@ class EncoderDecoder(nnx.Module):
         memory_BSD = self.encode(
             source_tokens_BS, segment_ids=source_segment_ids, positions=source_positions, rngs=rngs
         )
-        mask = memory_mask = None
+        memory_mask = None
         if target_segment_ids is not None:
-            mask = segment_mask(target_segment_ids, target_segment_ids)
             memory_mask = segment_mask(target_segment_ids, source_segment_ids)
         x_BTD = self.decoder(
             target_inputs_BT,
             self.embedding,
             target_positions,
+            target_segment_ids,
             memory_BSD=memory_BSD,
-            mask=mask,
             memory_mask=memory_mask,
             rngs=rngs,
         )
@@ -111,15 +111,22 @@ class EncoderDecoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Array:
         """The encoder's output, `[B, S, D]`; arguments as for `__call__`."""
-        mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
-        x_BSD = self.encoder_embedder(source_tokens_BS, self.embedding, positions, rngs)
+        is_token_BS, mask = tokens_and_mask(segment_ids)
+        x_BSD = self.encoder_embedder(
+            source_tokens_BS, self.embedding, positions, rngs, is_token_BS
+        )
         for layer in self.encoder_layers:
             x_BSD = self.config.call(layer, x_BSD, mask, rngs)
-        return self.dropout(self.encoder_norm(x_BSD), deterministic=rngs is None, rngs=rngs)
+        return self.dropout(self.encoder_norm(x_BSD), rngs=rngs)
 
-    def init_cache(self, batch: int, length: int) -> tuple[SelfCache, ...]:
-        """Empty self-attention caches, one a decoder layer, for `length` target tokens a row."""
-        return self.decoder.init_cache(batch, length)
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None
+    ) -> tuple[SelfCache, ...]:
+        """Empty self-attention caches, one a decoder layer, for `length` target tokens a row.
+
+        Their keys and values are of the model's dtype when `dtype` is None.
+        """
+        return self.decoder.init_cache(batch, length, dtype)
 
     @automatic(
         lambda self, source_tokens_BS, **_: tuple(
@@ -136,6 +143,7 @@ class EncoderDecoder(nnx.Module):
           source_tokens_BS: source ids, padded on the right.
           lengths_B: how many of each row are real; all when None.
         """
+        source_tokens_BS = as_integers("source_tokens_BS", source_tokens_BS)
         batch, length = source_tokens_BS.shape
         if lengths_B is None:
             lengths_B = jnp.full(batch, length)
@@ -177,6 +185,7 @@ class EncoderDecoder(nnx.Module):
 
         `cross` may have fewer rows, as `Attention.decode` describes (beams share their source).
         """
+        tokens_B = as_integers("tokens_B", tokens_B)
         logits_BTV, cache = self.prefill(tokens_B[:, None], cache, cross)
         return logits_BTV[:, 0], cache
 
@@ -205,13 +214,14 @@ class DecoderOnly(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Array:
         """Logits of every next token, `[B, T, V]` float32; arguments as for `EncoderDecoder`."""
-        mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
-        x_BTD = self.decoder(inputs_BT, self.embedding, positions, mask=mask, rngs=rngs)
+        x_BTD = self.decoder(inputs_BT, self.embedding, positions, segment_ids, rngs=rngs)
         return self.softmax.logits(x_BTD)
 
-    def init_cache(self, batch: int, length: int) -> tuple[SelfCache, ...]:
-        """Empty caches, one a layer, for `length` tokens a row."""
-        return self.decoder.init_cache(batch, length)
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None
+    ) -> tuple[SelfCache, ...]:
+        """Empty caches, one a layer, for `length` tokens a row; of the model's dtype when None."""
+        return self.decoder.init_cache(batch, length, dtype)
 
     @automatic(lambda self, tokens_BT, cache, **_: _specs(self.softmax.kernel, tokens_BT, cache))
     def prefill(
@@ -230,6 +240,7 @@ class DecoderOnly(nnx.Module):
         self, tokens_B: Array, cache: tuple[SelfCache, ...]
     ) -> tuple[Array, tuple[SelfCache, ...]]:
         """One decode step: the next token of every row to logits `[B, V]` and the new cache."""
+        tokens_B = as_integers("tokens_B", tokens_B)
         logits_BTV, cache = self.prefill(tokens_B[:, None], cache)
         return logits_BTV[:, 0], cache
 

@@ -187,13 +187,51 @@ def test_misfits_raise(shapes, kwargs, message):
         mqa_jax.dot_product_attention(query, key, value[0] if value else key, **kwargs)
 
 
-def test_masks_by_hand():
-    query, key = jnp.array([[2, 3]]), jnp.array([[0, 1, 2, 3, -1]])
-    causal = mqa_jax.causal_mask(query, key)
-    np.testing.assert_array_equal(causal, [[[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]]])
-    local = mqa_jax.causal_mask(query, key, 2)
-    np.testing.assert_array_equal(local, [[[[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]]])
-    segments = mqa_jax.segment_mask(jnp.array([[1, 2, 0]]), jnp.array([[1, 1, 2, 0]]))
-    np.testing.assert_array_equal(segments, [[[[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]]])
-    padding = mqa_jax.padding_mask(np.array([2, 0]), 3)
-    np.testing.assert_array_equal(padding, [[[[1, 1, 0]]], [[[0, 0, 0]]]])
+@pytest.mark.parametrize("sizes", [(0, 7, 11), (2, 0, 11), (2, 7, 0), (0, 0, 0)])
+@pytest.mark.parametrize("kwargs", [{}, dict(mask=np.ones((1, 1, 1, 1), bool))])
+def test_empty_axes_give_zeros(sizes, kwargs):
+    batch, length, keys = sizes
+    query, key = jnp.ones((batch, length, N, H)), jnp.ones((batch, keys, 3, H))
+    attend = functools.partial(mqa_jax.dot_product_attention, **kwargs)
+    output, backward = jax.vjp(attend, query, key, key)
+    np.testing.assert_array_equal(output, np.zeros(query.shape))
+    for gradient, x in zip(backward(output), (query, key, key), strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros(x.shape))
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64, bool])
+def test_only_floats_are_attended_to(at, dtype):
+    arrays = [np.ones((2, 7, 3, 5), np.float32)] * 3
+    arrays[at] = arrays[at].astype(dtype)
+    with pytest.raises(ValueError, match=f"must be floats, not {np.dtype(dtype).name}"):
+        mqa_jax.dot_product_attention(*arrays)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, "1", True])
+def test_a_scale_is_a_finite_number(scale):
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        mqa_jax.dot_product_attention(*[jnp.ones((2, 7, 3, 5))] * 3, scale=scale)
+
+
+def test_a_scale_may_be_learned():
+    query, key, value, _ = inputs(3, T)
+
+    def total(scale, mask=None):
+        return mqa_jax.dot_product_attention(query, key, value, scale=scale, mask=mask).sum()
+
+    mask = random_mask(4, (B, 1, T, T))
+    for kwargs in ({}, dict(mask=mask)):
+        got = jax.jit(jax.grad(functools.partial(total, **kwargs)))(jnp.float32(0.3))
+        above, below = (float(total(jnp.float32(x), **kwargs)) for x in (0.31, 0.29))
+        np.testing.assert_allclose(got, (above - below) / 0.02, rtol=2e-2, atol=1e-2)
+
+
+def test_lists_and_mixed_dtypes():
+    query, key, value, _ = inputs(3, T)
+    expected = mqa_jax.dot_product_attention(query, key, value)
+    lists = (x.tolist() for x in (query, key, value))
+    close(mqa_jax.dot_product_attention(*lists), expected, **TOLERANCE["float32"])
+    mixed = mqa_jax.dot_product_attention(query, key.astype(jnp.bfloat16), value)
+    assert mixed.dtype == query.dtype
+    close(mixed, expected, rtol=4e-2, atol=4e-2)

@@ -75,6 +75,42 @@ def test_masks_of_every_query_and_of_all(length, mask_length, splits):
     assert not np.any(got[1, 0])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kind", ["end", "mask", "mask_of_each"])
+def test_what_is_not_seen_may_be_anything_and_what_is_seen_spoils_its_query(kind, splits, bad):
+    length, slots = 5 if kind == "mask_of_each" else 1, 70
+    query, key, value = arrays(2, length, 6, 2, slots)
+    mask = jnp.asarray(np.random.default_rng(3).random((2, length, slots)) < 0.4)
+    if kind == "end":
+        mask = jnp.arange(slots)[None, None] < jnp.array([[[70]], [[40]]])
+    elif kind == "mask_of_each":
+        mask = mask.at[:, 1:3, 7].set(True).at[:, 3:, 7].set(False).at[:, 0, 7].set(False)
+    masks = dict(end_B=jnp.array([70, 40])) if kind == "end" else dict(mask_BTS=mask)
+    run = functools.partial(
+        gpu.flash_decode, scale=0.3, splits=splits, block=16, interpret=True, **masks
+    )
+    expected = run(query, key, value)
+    is_hidden_BS = ~jnp.any(mask, axis=1)
+    key, value = (jnp.where(is_hidden_BS[:, None, :, None], bad, x) for x in (key, value))
+    close(run(query, key, value), expected)
+    at = 7 if kind == "mask_of_each" else int(np.argmax(mask[1, 0]))
+    output = np.asarray(run(query, key, value.at[1, :, at].set(bad)))
+    sees_BT = np.asarray(mask[..., at]) & np.array([[False], [True]])
+    assert not np.isfinite(output[sees_BT]).any()
+    close(output[~sees_BT], expected[~sees_BT])
+
+
+def test_a_cache_of_another_dtype_than_the_queries():
+    query, key, value = arrays(2, 1, 6, 2, 70)
+    key, value = (x.astype(jnp.bfloat16) for x in (key, value))
+    end = jnp.array([70, 40])
+    got = gpu.flash_decode(query, key, value, end_B=end, scale=0.3, block=16, interpret=True)
+    assert got.dtype == query.dtype
+    mask = (jnp.arange(70)[None] < end[:, None])[:, None, None]
+    close(got, attend(query, key, value, mask, 0.3), "bfloat16")
+
+
 def test_splits_fill_the_gpu_and_no_more():
     assert [gpu._splits(*x) for x in ((1024, 256), (128, 2048), (64, 8192))] == [1, 2, 4]
     assert gpu._splits(16, 16384) == 16

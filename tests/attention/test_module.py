@@ -122,7 +122,18 @@ def test_dtype_is_that_of_outputs_and_caches_and_param_dtype_of_weights(dtype):
         (dict(d_model=0), "d_model must be at least 1, not 0"),
         (dict(head_dim=None), "num_heads=6 does not divide d_model=13"),
         (dict(head_dim=0), "head_dim must be at least 1, not 0"),
-        (dict(window=0), "window must be at least 1 .*, not 0"),
+        (dict(window=0), "window must be at least 1, not 0"),
+        (dict(window=2.5), "window must be an integer, not 2.5"),
+        (dict(head_dim=True), "head_dim must be an integer, not True"),
+        (dict(num_heads=6.0), "num_heads must be an integer, not 6.0"),
+        (dict(d_model="13"), "d_model must be an integer, not '13'"),
+        (dict(dropout_rate=-0.5), "dropout_rate must be .* not -0.5"),
+        (dict(dropout_rate=np.nan), "dropout_rate must be .* not nan"),
+        (dict(dropout_rate=1.5), "dropout_rate must be .* not 1.5"),
+        (dict(dropout_rate=1.0), "dropout_rate must be .* not 1.0"),
+        (dict(dtype="fp16"), "dtype must be a floating-point type, .* not 'fp16'"),
+        (dict(dtype=jnp.int32), "dtype must be a floating-point type"),
+        (dict(param_dtype=int), "param_dtype must be a floating-point type"),
     ],
 )
 def test_bad_sizes_raise(kwargs, message):
@@ -151,3 +162,135 @@ def test_bad_inputs_raise(x_shape, memory_shape, kwargs, message):
 def test_a_window_and_a_memory_raise():
     with pytest.raises(ValueError, match="window=3 with a memory"):
         module(window=3)(jnp.zeros((B, T, D)), jnp.zeros((B, S, D)))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64])
+def test_only_floats_are_projected(dtype):
+    attention, x = module(), np.ones((B, T, D), dtype)
+    for misuse in (
+        lambda: attention(x),
+        lambda: attention(np.ones((B, T, D)), x),
+        lambda: attention.prefill(x, attention.init_cache(B, T)),
+        lambda: attention.decode(x[:, :1], attention.init_cache(B, T)),
+        lambda: attention.init_cross_cache(x),
+    ):
+        with pytest.raises(ValueError, match=f"must be floats, not {np.dtype(dtype).name}"):
+            misuse()
+
+
+def test_lists_and_numpy_arrays():
+    attention, x = module(), normal(0, B, T, D)
+    mask = random_mask(1, (B, 1, T, T))
+    expected = attention(x, mask=mask)
+    for as_what in (np.asarray, lambda x: np.asarray(x, np.float64), lambda x: x.tolist()):
+        close(attention(as_what(x), mask=mask.tolist()), expected, **TOLERANCE["float32"])
+        output, _ = attention.prefill(as_what(x), attention.init_cache(B, T), [T, T])
+        close(output, attention(x, is_causal=True), **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("sizes", [(0, T), (B, 0)])
+def test_empty_axes(sizes):
+    attention, x = module(), jnp.zeros((*sizes, D))
+    assert attention(x, is_causal=True).shape == x.shape
+    assert attention(x, jnp.zeros((sizes[0], S, D))).shape == x.shape
+    if sizes[0]:
+        cache = attention.init_cache(B, T)
+        output, same = attention.prefill(x, cache)
+        assert output.shape == x.shape and same is cache
+    no_memory = attention(normal(0, B, T, D), jnp.zeros((B, 0, D)))
+    np.testing.assert_array_equal(no_memory, np.zeros((B, T, D)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_one_head_in_half_precision_at_batch_one(dtype):
+    """XLA on a CPU lacked the product of two projections of so few rows."""
+    attention = mqa_jax.Attention(8, 1, 1, dtype=dtype, rngs=nnx.Rngs(0))
+    x = normal(0, 1, 5, 8, dtype=dtype)
+
+    @jax.jit
+    def run(x):
+        prefilled, _ = attention.prefill(x, attention.init_cache(1, 8))
+        crossed, _ = attention.decode(x, attention.init_cross_cache(x))
+        return attention(x, is_causal=True), prefilled, crossed, attention(x)
+
+    full, prefilled, crossed, both_ways = run(x)
+    close(prefilled, full, rtol=4e-2, atol=4e-2)
+    close(crossed, both_ways, rtol=4e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("kv_heads", "window"), [(6, None), (1, None), (3, 3)])
+def test_caches_of_another_dtype_than_the_activations(kv_heads, window, dtype):
+    other = "bfloat16" if dtype == "float32" else "float32"
+    attention = module(kv_heads, window=window, dtype=dtype)
+    x = normal(0, B, T, D, dtype=dtype)
+    full = attention(x, is_causal=True)
+    cache = attention.init_cache(B, T, dtype=other)
+    assert cache.key.dtype == cache.value.dtype == other
+    first, cache = attention.prefill(x[:, :4], cache)
+    then, cache = attention.decode(x[:, 4:5], cache)
+    if window is None:
+        lanes, _ = attention.decode(x[:, 5:6], cache.expand(1))
+    last, cache = attention.prefill(x[:, 5:], cache)
+    assert cache.key.dtype == other and first.dtype == then.dtype == dtype
+    close(jnp.concatenate([first, then, last], axis=1), full, rtol=4e-2, atol=4e-2)
+    if window is None:
+        close(lanes, full[:, 5:6], rtol=4e-2, atol=4e-2)
+
+
+def test_caches_of_stacked_modules():
+    """Three modules, one behind the other, made by `vmap` and run by `scan`."""
+    make = nnx.vmap(lambda rngs: module(1, rngs=rngs), in_axes=0, out_axes=0)
+    stack = make(nnx.Rngs(0).fork(split=3))
+    cache = stack.init_cache(B, T)
+    assert cache.key.shape == (3, B, 1, T, H) and cache.length.shape == (3, B)
+
+    @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def decode(attention, x, cache):
+        return attention.decode(x, cache)
+
+    x = normal(0, B, T, D)
+    expected = x
+    for layer in range(3):
+        state = jax.tree.map(lambda leaf, i=layer: leaf[i], nnx.state(stack))
+        expected = nnx.merge(nnx.graphdef(stack), state)(expected, is_causal=True)
+    for t in range(T):
+        output, cache = decode(stack, x[:, t : t + 1], cache)
+        close(output[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_by_vmap():
+    attention, x = module(1), normal(0, B, T, D)
+    by_vmap = jax.vmap(lambda x: attention(x[None], is_causal=True)[0])(x)
+    close(by_vmap, attention(x, is_causal=True), **TOLERANCE["float32"])
+
+
+def test_train_and_eval_say_whether_dropout_happens():
+    attention, x = module(dropout_rate=0.5), normal(0, B, T, D)
+    plain = attention(x)
+    attention.train()
+    with pytest.raises(ValueError, match=r"train\(\) was called, but no rngs are given"):
+        attention(x)
+    assert np.abs(attention(x, rngs=nnx.Rngs(dropout=1)) - plain).max() > 0
+    attention.eval()
+    np.testing.assert_array_equal(attention(x, rngs=nnx.Rngs(dropout=1)), plain)
+    np.testing.assert_array_equal(attention(x), plain)
+
+
+def test_linen_users_drop_decode_and_prefill():
+    linen = nnx.bridge.to_linen(mqa_jax.MultiQueryAttention, D, N, H, dropout_rate=0.5)
+    x = normal(0, B, T, D)
+    variables = linen.init(jax.random.key(1), x)
+    plain = linen.apply(variables, x, is_causal=True)
+    first, again, other = (
+        linen.apply(variables, x, is_causal=True, rngs={"dropout": jax.random.key(seed)})
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() > 0 and np.abs(first - other).max() > 0
+    cache = linen.apply(variables, B, T, method="init_cache")
+    output, cache = linen.apply(variables, x[:, :4], cache, method="prefill")
+    close(output, plain[:, :4], **TOLERANCE["float32"])
+    for t in range(4, T):
+        output, cache = linen.apply(variables, x[:, t : t + 1], cache, method="decode")
+        close(output[:, 0], plain[:, t], **TOLERANCE["float32"])

@@ -57,6 +57,8 @@ def flash_decode(
 ) -> Array:
     """What `dot_product_attention` gives for the same arguments, but without a gradient.
 
+    Slots that nothing may see can hold anything, NaN and infinities too.
+
     Args:
       query_BTNH: queries, `T * N / K` of them at most `MAX_ROWS`.
       key_BKSH: keys in cache layout.
@@ -88,7 +90,7 @@ def flash_decode(
     splits = pl.cdiv(slots, split_slots)
 
     query_BKRH = jnp.moveaxis(
-        query_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim), 1, 2
+        query_BTNH.astype(key_BKSH.dtype).reshape(batch, length, num_kv_heads, -1, head_dim), 1, 2
     ).reshape(batch, num_kv_heads, rows, head_dim)
     kernel = functools.partial(
         _kernel,
@@ -188,10 +190,15 @@ def _kernel(
         mask_S1 = None if slots % block == 0 else is_slot_S[:, None]
         other = None if mask_S1 is None else 0
         key_SH = triton.load(key_ref.at[at, :], mask=mask_S1, other=other)
-        is_seen_RS = (slot_S < end)[None]
-        if mask_ref is not None:
-            # A mask of one query serves all rows.
-            query_R = row_R * length // rows if length > 1 else jnp.zeros(1, jnp.int32)
+        is_seen_S = (slot_S < end) & is_slot_S
+        if mask_ref is not None and length == 1:  # A mask of one query serves all rows.
+            is_seen_S &= triton.load(mask_ref.at[0, slot_S], mask=is_slot_S, other=0) != 0
+        is_seen_RS = is_seen_S[None]
+        # A weight of zero does not keep a NaN out of the product: what no row sees is not loaded.
+        value_SH = triton.load(value_ref.at[at, :], mask=is_seen_S[:, None], other=0)
+        logits_RS = triton.dot(query_RH, key_SH.T) * scale
+        if length > 1:
+            query_R = row_R * length // rows
             is_seen_RS &= (
                 triton.load(
                     mask_ref.at[query_R[:, None], slot_S[None]],
@@ -200,12 +207,15 @@ def _kernel(
                 )
                 != 0
             )
-        logits_RS = triton.dot(query_RH, key_SH.T) * scale
+            # And what one row sees and another does not spoils the logits of the one.
+            is_finite_SH = jnp.abs(value_SH.astype(jnp.float32)) < jnp.inf
+            value_SH = jnp.where(is_finite_SH, value_SH, jnp.zeros_like(value_SH))
+            bad_S = jnp.max(jnp.where(is_finite_SH, 0.0, 1.0), axis=1)
+            logits_RS = jnp.where(bad_S[None] > 0, jnp.nan, logits_RS)
         logits_RS = jnp.where(is_seen_RS, logits_RS, LEAST)
         new_largest_R = jnp.maximum(largest_R, jnp.max(logits_RS, axis=1))
         weights_RS = jnp.where(is_seen_RS, jnp.exp(logits_RS - new_largest_R[:, None]), 0.0)
         shrink_R = jnp.exp(largest_R - new_largest_R)
-        value_SH = triton.load(value_ref.at[at, :], mask=mask_S1, other=other)
         added_RH = triton.dot(weights_RS.astype(value_SH.dtype), value_SH)
         return (
             output_RH * shrink_R[:, None] + added_RH,
