@@ -49,8 +49,8 @@ def run(args: list[str]) -> int:
     name, *args = args or ["--help"]
     if name in ("--help", "-h", "help"):
         print("usage: mqa-jax COMMAND [--flag=value ...]\n")
-        for command, (_, purpose) in COMMANDS.items():
-            print(f"  {command:11}{purpose}")
+        for each, (_, purpose) in COMMANDS.items():
+            print(f"  {each:11}{purpose}")
         print("\nmqa-jax COMMAND --help lists the flags of one.")
         return 0
     if name == "--version":
@@ -62,7 +62,7 @@ def run(args: list[str]) -> int:
     if name == "decode" and any(re.match(r"--?(benchmark|compile_only)(=|$)", a) for a in args):
         name = "benchmark"
     require(COMMANDS[name][0], f"mqa-jax {name}")
-    faulthandler.enable(sys.__stderr__)
+    faulthandler.enable(2)  # Standard error, whatever Python has put in its place.
     arguments = importlib.import_module("mqa_jax.cli.arguments")
     command = importlib.import_module(f"mqa_jax.cli.{name}")
     values = arguments.parse(name, command, args)

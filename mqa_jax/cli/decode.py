@@ -98,14 +98,17 @@ def run(args: flags.FlagValues) -> None:
 
     workdir = local_path("--workdir", args.workdir)
     workdirs.load_config(workdir)  # That there is a run is known before a text is read.
-    source, output, reference = (path_of(args, name) for name in ("input", "output", "reference"))
+    source, output = path_of("input", args.input), path_of("output", args.output)
+    reference = None if args.reference is None else path_of("reference", args.reference)
     lines = read_lines(source)
-    references = None if reference is None else read_lines(reference)
-    if references is not None and len(references) != len(lines):
-        raise ValueError(
-            f"{text_name(reference)} has {len(references)} lines, {text_name(source)} has "
-            f"{len(lines)}"
-        )
+    references: list[str] = []
+    if reference is not None:
+        references = read_lines(reference)
+        if len(references) != len(lines):
+            raise ValueError(
+                f"{text_name(reference)} has {len(references)} lines, {text_name(source)} has "
+                f"{len(lines)}"
+            )
     outputs = []
     batch_size = args.batch_size
     if args.on_long != "split":
@@ -166,7 +169,8 @@ def writing(path: str | Path) -> Iterator[Callable[[str], None]]:
 
 def check_files(args: flags.FlagValues) -> None:
     """Raises a ValueError for an output that is an input too, and for paths that are addresses."""
-    source, output, reference = (path_of(args, name) for name in ("input", "output", "reference"))
+    source, output = path_of("input", args.input), path_of("output", args.output)
+    reference = None if args.reference is None else path_of("reference", args.reference)
     if source == reference == STANDARD:
         raise ValueError("--input and --reference cannot both be standard input")
     for name, path in (("input", source), ("reference", reference)):
@@ -174,10 +178,9 @@ def check_files(args: flags.FlagValues) -> None:
             raise ValueError(f"--output {args.output} is the --{name} too: give another one")
 
 
-def path_of(args: flags.FlagValues, name: str) -> str | Path | None:
-    """What a flag names, a file or "-"."""
-    value = args[name].value
-    return value if value in (None, STANDARD) else local_path(f"--{name}", value)
+def path_of(name: str, value: str) -> str | Path:
+    """What the value of a flag names, a file or "-"."""
+    return value if value == STANDARD else local_path(f"--{name}", value)
 
 
 def is_same(source: str | Path, output: str | Path) -> bool:

@@ -6,11 +6,11 @@ front are no text; a file named `.gz` is unpacked; "-" is standard input.
 
 import codecs
 import gzip
+import io
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 STANDARD_INPUT = "-"
 
@@ -46,7 +46,7 @@ def iterate_lines(path: str | Path) -> Iterator[str]:
             ) from error
 
 
-def open_text(path: str | Path) -> BinaryIO:
+def open_text(path: str | Path) -> io.BufferedReader | gzip.GzipFile:
     """The bytes of a text, unpacked if its name ends in `.gz`."""
     if str(path) == STANDARD_INPUT:
         # A copy, since whoever reads a file closes it.

@@ -166,7 +166,7 @@ class LineDecoder(Generator):
         for i, decoded in results:
             part = parts[i]
             best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0]
-            ids = best[: int(decoded.length.flat[0])].tolist()
+            ids = best[: int(decoded.length.reshape(-1)[0])].tolist()
             if self._eos_id not in ids:
                 self.stats.unended.add(part.place[0])
             yield part, " ".join(self._text(part, ids).splitlines())
