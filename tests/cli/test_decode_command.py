@@ -8,8 +8,8 @@ import time
 import pytest
 from running import ROOT, behind, command, run_well
 
-from mqa_jax.cli import decode as module
 from mqa_jax.cli import main
+from mqa_jax.train import workdir
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_files_that_cannot_be_are_named_before_the_model_is_loaded(
     (tmp_path / "bad").write_bytes(b"a\n\xe4\n")
     (tmp_path / "bad.gz").write_bytes(b"a\n")
     if "/dev/full" not in message:
-        monkeypatch.setattr(module, "restore", None)
+        monkeypatch.setattr(workdir, "load_run", None)
     assert decode(project, *args) == 2
     errors = capsys.readouterr().err
     assert re.fullmatch(r"error: .*\n", errors) and message in errors
