@@ -27,7 +27,8 @@ from absl import app, flags
 from jax import Array
 
 from mqa_jax.attention import padding_mask
-from mqa_jax.attention.functional import attend, attend_to_cache
+from mqa_jax.attention.cached import attend_to_cache
+from mqa_jax.attention.functional import attend
 from mqa_jax.attention.kernels.gpu import flash_decode
 from mqa_jax.measure.roofline import probe
 

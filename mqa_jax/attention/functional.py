@@ -249,32 +249,6 @@ def _attend_block(
     return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
 
 
-def attend_to_cache(
-    query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
-    mask_B1TS: Array,
-    end_B: Array | None = None,
-) -> Array:
-    """As `attend`, with a kernel of its own for few queries on a GPU, which has no gradient.
-
-    Where the mask shows nothing but the first slots of each row, `end_B` says how many.
-    """
-    if jax.default_backend() == "gpu":
-        from mqa_jax.attention.kernels import gpu  # Pallas takes its time to import.
-
-        if gpu.is_supported(query_BTNH, key_BKSH):
-            return gpu.flash_decode(
-                query_BTNH,
-                key_BKSH,
-                value_BKSH,
-                mask_BTS=mask_B1TS[:, 0] if end_B is None else None,
-                end_B=end_B,
-                scale=query_BTNH.shape[-1] ** -0.5,
-            )
-    return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
-
-
 def _is_sum(rows: int, cache_BKSH: Array) -> bool:
     # The product of a long float32 cache is worth its start: it reads 20 GB/s, the sum 12.
     is_long = cache_BKSH.dtype == jnp.float32 and cache_BKSH.shape[2] >= 256

@@ -16,9 +16,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention.cache import BeamCache, CrossCache, KVCache, RingCache
+from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.functional import (
     attend_finite,
-    attend_to_cache,
     finite,
     heads_first,
     spoil,

@@ -68,6 +68,27 @@ def batch_axes(mesh: AbstractMesh, batch: int) -> tuple[str, ...] | None:
     return names if parts > 1 and batch % parts == 0 else None
 
 
+def decode_axes(
+    mesh: Mesh | AbstractMesh, batch: int, num_heads: int, num_kv_heads: int
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
+    """The axes that rows, query heads and key/value heads of a decode step are split over.
+
+    Those of the rules in force that the mesh has, where they divide; all query heads may share
+    one key/value head, but may not be parted from theirs.
+    """
+    placement = _placement.get()
+    rules = ShardingRules() if placement is None else placement[1]
+
+    def axes(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        names = tuple(name for name in names if name in mesh.axis_names)
+        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    heads = kv_heads = axes(rules.K, num_kv_heads)
+    if num_kv_heads == 1:
+        heads, kv_heads = axes(rules.N, num_heads), None
+    return axes(rules.B, batch), heads, kv_heads
+
+
 def param(
     axes: str, shape: Sequence[int], *, fan_in: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:

@@ -1,14 +1,20 @@
 """The kernel without a GPU: interpreted, against the same attention in plain JAX."""
 
+import contextlib
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import mqa_jax
+from mqa_jax.attention import cached
 from mqa_jax.attention.functional import attend
 from mqa_jax.attention.kernels import gpu
 from mqa_jax.decode.beam import expand, reorder
@@ -118,30 +124,33 @@ def test_splits_fill_the_gpu_and_no_more():
     assert gpu._splits(1, 511) == 1  # A split has 256 slots at least.
 
 
-def test_only_shapes_that_the_kernel_is_for(monkeypatch):
+def test_only_shapes_that_the_kernel_is_for():
     query, key, _ = arrays(2, 1, 6, 1, 7)
-    assert not gpu.is_supported(query, key)  # No GPU here.
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert gpu.is_supported(query, key)
-    assert not gpu.is_supported(jnp.zeros((2, 11, 6, H)), key)  # 66 rows
-    assert not gpu.is_supported(query[..., :13], key[..., :13])
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert not gpu.is_supported(query, key)
+    assert cached.is_supported(query, key)
+    assert not cached.is_supported(jnp.zeros((2, 11, 6, H)), key)  # 66 rows
+    assert not cached.is_supported(query[..., :13], key[..., :13])
 
 
 @pytest.fixture
 def _kernel_everywhere(monkeypatch):
-    interpreted = functools.partial(gpu.flash_decode, interpret=True)
+    """And how often it was made part of a program, to see that it was."""
+    calls = []
+
+    def interpreted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return flash_decode(*args, **kwargs, interpret=True)
+
+    flash_decode = gpu.flash_decode
     monkeypatch.setattr(gpu, "flash_decode", interpreted)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(cached, "PLATFORM", "cpu")
+    jax.clear_caches()
+    yield calls
+    jax.clear_caches()
 
 
-@pytest.mark.usefixtures("_kernel_everywhere")
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("window", [None, 3])
-def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, window):
+def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, window, _kernel_everywhere):
     attention = mqa_jax.Attention(12, 4, kv_heads, H, window=window, rngs=nnx.Rngs(0))
     x, lengths = normal(5, 2, 7, 12), np.array([2, 4])
     full = attention(x, is_causal=True)
@@ -150,6 +159,7 @@ def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, window):
         at = lengths + step
         output, cache = attention.decode(x[[[0], [1]], at[:, None]], cache)
         close(output[:, 0], full[[0, 1], at])
+    assert _kernel_everywhere
 
 
 @pytest.mark.usefixtures("_kernel_everywhere")
@@ -170,3 +180,167 @@ def test_beams_and_memories_go_through_the_kernel():
         expected, copies = attention.decode(x, copies)
         close(got, expected)
         lanes, copies = (reorder(c, jnp.array(parents)) for c in (lanes, copies))
+
+
+CUDA = dict(lowering_platforms=("cuda",))
+
+
+@pytest.fixture
+def lowered_kernels(monkeypatch):
+    """The shapes of queries that the kernel was lowered for, without a GPU: interpreted."""
+    shapes = []
+
+    def interpreted(*args, **kwargs):
+        shapes.append(args[0].shape)
+        return flash_decode(*args, **kwargs, interpret=True)
+
+    flash_decode = gpu.flash_decode
+    monkeypatch.setattr(gpu, "flash_decode", interpreted)
+    monkeypatch.setattr(cached, "_compiles", lambda: True)
+    jax.clear_caches()
+    yield shapes
+    jax.clear_caches()
+
+
+def decode_step(heads=4, kv_heads=1, batch=8):
+    """A step, its arguments, and a step of a plain product for comparison."""
+    attention = mqa_jax.Attention(16, heads, kv_heads, H, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(attention)
+    x = normal(5, batch, 3, 16)
+    cache = attention.prefill(x, attention.init_cache(batch, 7), np.arange(batch) % 4)[1]
+
+    def step(params, x, cache):
+        return nnx.merge(graphdef, params).decode(x, cache)
+
+    return step, (params, normal(6, batch, 1, 16), cache)
+
+
+def test_the_kernel_is_for_the_platform_that_a_program_is_lowered_for(lowered_kernels):
+    step, arguments = decode_step()
+    traced = jax.jit(step).trace(*arguments)
+    for platforms in (("cpu",), ("tpu",), ("cpu", "cuda")):
+        traced.lower(lowering_platforms=platforms)
+        assert not lowered_kernels
+    traced.lower(**CUDA)
+    assert lowered_kernels == [(8, 1, 4, H)]
+    # Longer prompts are XLA's.
+    attention = mqa_jax.Attention(16, 4, 1, H, rngs=nnx.Rngs(0))
+    prefill = jax.jit(lambda x: attention.prefill(x, attention.init_cache(2, 40)))
+    prefill.trace(normal(1, 2, 33, 16)).lower(**CUDA)
+    assert len(lowered_kernels) == 1
+
+
+def test_where_no_gpu_is_known_its_program_has_plain_attention():
+    step, arguments = decode_step()
+    assert "triton" not in jax.jit(step).trace(*arguments).lower(**CUDA).as_text()
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_a_program_for_a_gpu_that_is_described_has_the_kernel():
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    step, arguments = decode_step()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+        lowered = jax.jit(step).trace(*arguments).lower(**CUDA)
+    assert "triton" in lowered.as_text()
+
+
+def test_a_cpu_does_not_import_pallas():
+    program = """
+import sys, jax, numpy as np, mqa_jax
+from flax import nnx
+attention = mqa_jax.MultiQueryAttention(32, 2, rngs=nnx.Rngs(0))
+cache = attention.init_cache(2, 3)
+x = np.ones((2, 1, 32), np.float32)
+attention.decode(x, cache)
+jax.jit(lambda x, cache: attention.decode(x, cache))(x, cache)
+print("jax.experimental.pallas" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("False\n", 0), result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_is_that_of_plain_attention(_kernel_everywhere, monkeypatch, compiled):
+    step, (params, x, cache) = decode_step()
+
+    def loss(params, x):
+        output, new = step(params, x, cache)
+        return jnp.sum(output**2) + jnp.sum(new.key)
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    got = (jax.jit(gradient) if compiled else gradient)(params, x)
+    monkeypatch.setattr(cached, "PLATFORM", "cuda")
+    jax.tree.map(close, got, gradient(params, x))
+    assert np.any(got[1] != 0)
+
+
+def test_vmap_adds_rows(_kernel_everywhere):
+    step, (params, x, cache) = decode_step()
+    more = jnp.stack([x, 2 * x, x - 1])
+    _kernel_everywhere.clear()
+    got = jax.vmap(step, (None, 0, None))(params, more, cache)
+    assert (24, 1, 4, H) in _kernel_everywhere
+    for i, x in enumerate(more):
+        expected = step(params, x, cache)
+        jax.tree.map(close, jax.tree.map(lambda leaf, i=i: leaf[i], got), expected)
+
+
+MESHES = [
+    # axes, key/value heads, what a device's kernel is given: rows and query heads
+    (dict(data=2, fsdp=2, tensor=2), 2, (2, 2)),
+    (dict(data=2, fsdp=2, tensor=2), 1, (2, 2)),
+    (dict(data=8), 4, (1, 4)),
+    (dict(tensor=8), 2, (8, 4)),  # Two heads are not split by eight.
+    (dict(rows=8), 2, (8, 4)),  # Rules do not name this axis.
+]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("axes", "kv_heads", "local"), MESHES)
+@pytest.mark.parametrize("context", ["set_mesh", "arrays"])
+def test_each_device_runs_the_kernel_on_its_own_part(
+    _kernel_everywhere, axes, kv_heads, local, axis_type, context
+):
+    step, arguments = decode_step(kv_heads=kv_heads)
+    expected = step(*arguments)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes))
+    rows = tuple(name for name in ("data", "fsdp") if name in axes)
+    heads = "tensor" if "tensor" in axes and kv_heads % axes["tensor"] == 0 else None
+    place = lambda spec: functools.partial(jax.device_put, device=NamedSharding(mesh, spec))  # noqa: E731
+    params, x, cache = arguments
+    split = (
+        jax.tree.map(place(P()), params),
+        place(P(rows))(x),
+        jax.tree.map(lambda leaf: place(P(rows, heads) if leaf.ndim > 1 else P(rows))(leaf), cache),
+    )
+    _kernel_everywhere.clear()
+    with jax.set_mesh(mesh) if context == "set_mesh" else contextlib.nullcontext():
+        got = jax.jit(step)(*split)
+    jax.tree.map(close, got, expected)
+    assert {(shape[0], shape[2]) for shape in _kernel_everywhere} == {local}
+
+
+def test_one_device_of_several_has_the_kernel_too(lowered_kernels):
+    step, arguments = decode_step()
+    arguments = jax.device_put(arguments, jax.devices()[3])
+    jax.jit(step).trace(*arguments).lower(**CUDA)
+    assert lowered_kernels == [(8, 1, 4, H)]
+
+
+def test_what_xla_would_have_to_take_apart_is_plain_attention(lowered_kernels):
+    """Devices that a program tells of too late."""
+    step, arguments = decode_step()
+    rows = NamedSharding(mqa_jax.make_mesh(), P("data"))
+    jax.jit(step, out_shardings=rows).trace(*arguments).lower(**CUDA)
+    assert not lowered_kernels
+
+
+def test_within_a_shard_map_of_ones_own(lowered_kernels):
+    step, arguments = decode_step()
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P("rows"), P("rows")), out_specs=P("rows"), check_vma=False
+    )
+    jax.jit(mapped).trace(*arguments).lower(**CUDA)
+    assert lowered_kernels == [(1, 1, 4, H)]
+    jax.tree.map(close, jax.jit(mapped)(*arguments), step(*arguments))

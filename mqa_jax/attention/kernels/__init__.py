@@ -1,1 +1,1 @@
-"""Kernels for one platform each, with the semantics of `functional.attend`; chosen there."""
+"""Kernels for one platform each, with the semantics of `functional.attend`; chosen in `cached`."""

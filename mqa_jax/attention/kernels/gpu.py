@@ -18,27 +18,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# A product on tensor cores has 16 rows at least, and no more than this fit beside the keys.
-MIN_ROWS, MAX_ROWS = 16, 64
+# Of a product on tensor cores.
+MIN_ROWS = 16
 
 # Two programs for each of the 132 multiprocessors of a large GPU, in powers of two; more splits
 # than that only add partial results to combine.
 PROGRAMS = 256
 
 LEAST = -1e30  # In place of minus infinity, whose difference with itself is not a number.
-
-
-def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
-    """Whether there is a kernel for queries and a cache of these shapes, on this machine."""
-    _, length, num_heads, head_dim = query_BTNH.shape
-    return (
-        jax.default_backend() == "gpu"
-        # XLA would gather a sharded cache on every device: it cannot take a kernel apart.
-        and jax.device_count() == 1
-        and length * num_heads // key_BKSH.shape[1] <= MAX_ROWS
-        and 16 <= head_dim <= 256
-        and head_dim & (head_dim - 1) == 0
-    )
 
 
 def flash_decode(
@@ -60,7 +47,7 @@ def flash_decode(
     Slots that nothing may see can hold anything, NaN and infinities too.
 
     Args:
-      query_BTNH: queries, `T * N / K` of them at most `MAX_ROWS`.
+      query_BTNH: queries, `T * N / K` of them at most 64.
       key_BKSH: keys in cache layout.
       value_BKSH: values in cache layout.
       mask_BTS: bool, True = attend; with `T = 1` for all queries alike. A query that may attend

@@ -1,0 +1,168 @@
+"""Attention of a few queries to a cache: `attend`, or the kernel of the platform that runs it.
+
+Which platform that is, is known when a program is lowered for it, and not before: arrays may lie on
+the CPU of a machine with GPUs. Until then the kernel is a primitive, `flash_decode`, that stands in
+the branch of its platform; Pallas is imported only where that is lowered. XLA cannot take a kernel
+apart, so on a mesh `shard_map` does, over the batch and the key/value heads.
+
+Array letters:
+  B batch   T queries   N query heads   K key/value heads   H head dim   S slots
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from mqa_jax.attention.functional import attend
+from mqa_jax.core.sharding import decode_axes
+
+# The platform that has a kernel, as JAX names it.
+PLATFORM = "cuda"
+
+# Queries of a key/value head that the kernel takes; more do not fit beside the keys.
+MAX_ROWS = 64
+
+
+def attend_to_cache(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask_B1TS: Array,
+    end_B: Array | None = None,
+) -> Array:
+    """As `attend`, with a kernel of its own for few queries on a GPU.
+
+    Where the mask shows nothing but the first slots of each row, `end_B` says how many. The kernel
+    has no gradient: that of `attend` is taken.
+    """
+    if not is_supported(query_BTNH, key_BKSH):
+        return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
+    return _choose(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM)
+
+
+def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
+    """Whether the kernel takes queries and a cache of these shapes."""
+    _, length, num_heads, head_dim = query_BTNH.shape
+    return (
+        length * num_heads // key_BKSH.shape[1] <= MAX_ROWS
+        and 16 <= head_dim <= 256
+        and head_dim & (head_dim - 1) == 0
+    )
+
+
+# Outside of a program each operation would be one of its own, lowered for the platform that JAX
+# prefers and not for the one that the arrays are on.
+@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _choose(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, platform: str) -> Array:
+    arrays = query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B
+    return lax.platform_dependent(*arrays, default=_plain, **{platform: _kernel})
+
+
+@_choose.__wrapped__.defjvp
+def _choose_jvp(platform: str, primals, tangents):
+    return jax.jvp(_plain, primals, tangents)
+
+
+def _plain(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B=None) -> Array:
+    return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
+
+
+def _kernel(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B=None) -> Array:
+    """The primitive, on each device of a mesh its own part."""
+    arrays = [query_BTNH, key_BKSH, value_BKSH, mask_B1TS]
+    arrays += [] if end_B is None else [end_B]
+    mesh = _mesh(arrays)
+    if mesh is None:
+        return flash_decode_p.bind(*arrays)
+    batch, heads, kv_heads = decode_axes(mesh, *query_BTNH.shape[::2], key_BKSH.shape[1])
+    query, key = P(batch, None, heads, None), P(batch, kv_heads, None, None)
+    mapped = jax.shard_map(
+        flash_decode_p.bind,
+        mesh=mesh,
+        in_specs=(query, key, key, P(batch), *[P(batch)] * (end_B is not None)),
+        out_specs=query,
+        check_vma=False,
+    )
+    return mapped(*arrays)
+
+
+def _mesh(arrays: list[Array]) -> Mesh | AbstractMesh | None:
+    """The mesh that a program runs on, where it is not taken apart already; None on one device."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    return mesh
+
+
+flash_decode_p = Primitive("flash_decode")
+
+
+@flash_decode_p.def_abstract_eval
+def _abstract_eval(query_BTNH: Any, *_: Any) -> Any:
+    return query_BTNH
+
+
+def _lower(ctx: mlir.LoweringRuleContext, *values: Any) -> Any:
+    """The kernel where a program is for one GPU, or for its part; else what XLA can take apart."""
+    is_for_it = tuple(ctx.platforms or ctx.module_context.platforms) == (PLATFORM,)
+    if not is_for_it or not _is_for_one_device(ctx) or not _compiles():
+        return mlir.lower_fun(_plain, multiple_results=False)(ctx, *values)
+    return mlir.lower_fun(_local_kernel, multiple_results=False)(ctx, *values)
+
+
+def _is_for_one_device(ctx: mlir.LoweringRuleContext) -> bool:
+    devices = ctx.module_context.axis_context
+    if hasattr(devices, "manual_axes"):
+        return set(devices.manual_axes) == set(devices.mesh.axis_names)
+    return devices.num_devices == 1
+
+
+def _compiles() -> bool:
+    """Pallas compiles for a GPU that is here, or that the mesh in force describes."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None and described.platform in ("gpu", PLATFORM):
+        return True
+    try:
+        return bool(jax.local_devices(backend=PLATFORM))
+    except RuntimeError:
+        return False
+
+
+mlir.register_lowering(flash_decode_p, _lower)
+
+
+def _local_kernel(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B=None) -> Array:
+    from mqa_jax.attention.kernels import gpu  # Pallas takes its time to import.
+
+    return gpu.flash_decode(
+        query_BTNH,
+        key_BKSH,
+        value_BKSH,
+        mask_BTS=mask_B1TS[:, 0] if end_B is None else None,
+        end_B=end_B,
+        scale=query_BTNH.shape[-1] ** -0.5,
+    )
+
+
+def _batch(arrays: tuple, dims: tuple) -> tuple[Array, int]:
+    """What `jax.vmap` adds is more rows of the batch."""
+    size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
+
+    def rows(x: Array, dim: int | None) -> Array:
+        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+        return x.reshape(-1, *x.shape[2:])
+
+    output = flash_decode_p.bind(*map(rows, arrays, dims))
+    return output.reshape(size, -1, *output.shape[1:]), 0
+
+
+batching.primitive_batchers[flash_decode_p] = _batch
