@@ -241,7 +241,7 @@ def test_caches_of_another_dtype_than_the_activations(kv_heads, window, dtype):
 def test_caches_of_stacked_modules():
     """Three modules, one behind the other, made by `vmap` and run by `scan`."""
     make = nnx.vmap(lambda rngs: module(1, rngs=rngs), in_axes=0, out_axes=0)
-    stack = make(nnx.Rngs(0).fork(split=3))
+    stack = make(nnx.Rngs(0).split(3))
     cache = stack.init_cache(B, T)
     assert cache.key.shape == (3, B, 1, T, H) and cache.length.shape == (3, B)
 
@@ -288,9 +288,9 @@ def test_linen_users_drop_decode_and_prefill():
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - plain).max() > 0 and np.abs(first - other).max() > 0
-    cache = linen.apply(variables, B, T, method="init_cache")
-    output, cache = linen.apply(variables, x[:, :4], cache, method="prefill")
+    cache = linen.apply(variables, B, T, nnx_method="init_cache")
+    output, cache = linen.apply(variables, x[:, :4], cache, nnx_method="prefill")
     close(output, plain[:, :4], **TOLERANCE["float32"])
     for t in range(4, T):
-        output, cache = linen.apply(variables, x[:, t : t + 1], cache, method="decode")
+        output, cache = linen.apply(variables, x[:, t : t + 1], cache, nnx_method="decode")
         close(output[:, 0], plain[:, t], **TOLERANCE["float32"])
