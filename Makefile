@@ -36,9 +36,11 @@ quickstart: $(INSTALLED)
 	$(BIN)/python decode.py --benchmark --config=configs/quickstart.py --batch_sizes=32 \
 	  --context_lengths=512 --output_dir=$(WORKDIR)
 
-# The README's picture and table, and the others, from the last run that was kept: measures nothing.
+# The README's picture and table, and the docs' others, from the runs that were kept: measures nothing.
 figures: $(INSTALLED)
 	$(BIN)/python -m mqa_jax.measure.report docs/benchmark.json docs --readme=README.md
+	$(BIN)/python -m mqa_jax.measure.report docs/h200_context_8192.json docs/h200_context_8192
+	$(BIN)/python benchmarks/learning_curves.py --output=docs/multi30k_curves.png docs/multi30k_curves.json
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"

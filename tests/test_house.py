@@ -18,7 +18,8 @@ KNOWN_IN = {
     "tensorflow": [],
 }
 # Without JAX, so that they can be read, and used, where there is none.
-NO_JAX = ("data/", "measure/cost.py", "measure/report.py", "measure/plots.py")
+MEASURE = ("cost", "paper", "plots", "record", "report")
+NO_JAX = ("data/", *(f"measure/{name}.py" for name in MEASURE))
 
 
 def name(path: Path) -> str:

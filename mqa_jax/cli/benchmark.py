@@ -6,6 +6,8 @@
 The tables are printed, and kept with pictures in --output_dir.
 """
 
+from pathlib import Path
+
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -46,6 +48,7 @@ def define(values: flags.FlagValues) -> None:
         "context_lengths", ["128", "512"], "tokens of source and of target", flag_values=values
     )
     flags.DEFINE_integer("repeats", 5, "runs, of which the median counts", flag_values=values)
+    flags.DEFINE_bool("wide", False, "all columns, not those that fit 80", flag_values=values)
     flags.DEFINE_enum("compare", None, ["paper"], "against these figures", flag_values=values)
     flags.DEFINE_string(
         "compile_only",
@@ -61,7 +64,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues) -> int:
     """Returns the exit status: 130, as the shell has it, after an interrupt."""
-    measuring = "output_dir quick searches repeats compare benchmark"
+    measuring = "output_dir quick searches repeats wide compare benchmark"
     refuse_idle(args, [(not args.compile_only, "with --compile_only", measuring)])
     if args.config is None:
         raise ValueError("give --config, such as --config=wmt14")
@@ -103,10 +106,12 @@ def measure(args: flags.FlagValues, configs: dict[str, ConfigDict], sizes: dict)
     )
     output_dir = local_path("--output_dir", args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    run = report.record(costs, benchmark.describe(), output_dir / "benchmark.json")
+    about = {"model": model_name(args), **benchmark.describe()}
+    path = output_dir / "benchmark.json"
+    run = report.record(costs, about, path, probe=benchmark.probe_again)
     if run.costs:
-        report.print_table(run)
-        plots.draw(run.costs, run.about, output_dir)
+        report.print_table(run, wide=args.wide)
+        plots.draw(run.costs, run.about, output_dir, behind=run.probe_behind)
         if args.compare and any(cost.variant == "multi_head" for cost in run.costs):
             report.print_comparison(run)
     return 0 if run.is_complete else 130
@@ -125,3 +130,11 @@ def variant_config(args: flags.FlagValues, variant: str) -> ConfigDict:
     """Another variant of the file behind --config, with the same overrides."""
     file = config_flags.get_config_filename(args["config"]).partition(":")[0]
     return load_config(f"{file}:{variant}", config_flags.get_override_values(args["config"]))
+
+
+def model_name(args: flags.FlagValues) -> str:
+    """The config's name, such as `wmt14`, and whether its model was changed beside it."""
+    file = config_flags.get_config_filename(args["config"]).partition(":")[0]
+    changes = config_flags.get_override_values(args["config"])
+    is_changed = any(name.startswith("model.") and name != "model.dtype" for name in changes)
+    return f"{Path(file).stem} (changed)" if is_changed else Path(file).stem

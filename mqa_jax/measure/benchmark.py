@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from mqa_jax.core.checks import check_integer
 from mqa_jax.decode.beam import beam_search, expand, reorder
 from mqa_jax.decode.generate import Model
 from mqa_jax.decode.search import greedy
@@ -45,6 +46,7 @@ from mqa_jax.model.transformer import EncoderDecoder
 
 # What a call costs once is spread over so many steps; a short context has room for fewer.
 STEPS = 32
+MOST = 2**31 - 1  # of an axis, whose indices are int32
 
 
 def sweep(
@@ -75,14 +77,14 @@ def sweep(
         into memory: nothing has been measured then.
       RuntimeError: something was compiled while it was measured.
     """
-    _check(models, batch_sizes, context_lengths, dtypes, searches, repeats)
-    sizes = list(itertools.product(batch_sizes, context_lengths))
+    sizes = _check(models, batch_sizes, context_lengths, dtypes, searches, repeats)
+    longest = max(context_length for _, context_length in sizes)
     plans = []
     for dtype, (variant, (model_type, config)) in itertools.product(
         dtypes or [None], models.items()
     ):
         dtype = dtype or config.dtype
-        max_length = max(config.max_length, *context_lengths)
+        max_length = max(config.max_length, longest)
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, max_length=max_length)
         make = functools.partial(model_type, config)
         model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
@@ -104,44 +106,67 @@ def sweep(
         del model
 
 
-def _check(models, batch_sizes, context_lengths, dtypes, searches, repeats) -> None:
+def _check(
+    models, batch_sizes, context_lengths, dtypes, searches, repeats
+) -> list[tuple[int, int]]:
+    """Every batch size with every context length."""
     if not (models and batch_sizes and context_lengths and searches):
         raise ValueError(
             "nothing to measure: give at least one variant, batch size, context length and search"
         )
-    if min(batch_sizes) < 1 or repeats < 1:
-        raise ValueError(
-            f"batch sizes and repeats must be at least 1, not {list(batch_sizes)} and {repeats}"
-        )
-    if min(context_lengths) < 2:
-        raise ValueError(
-            f"a context length of {min(context_lengths)} is too short: it must be at least 2, one "
-            "token in the cache and one step behind it"
-        )
+    check_integer("repeats", repeats)
+    batch_sizes = [check_integer("a batch size", size, most=MOST) for size in batch_sizes]
+    # At least one token in the cache and one step behind it.
+    lengths = [check_integer("a context length", c, least=2, most=MOST) for c in context_lengths]
     for search in searches:
         if search not in SEARCHES:
             raise ValueError(f"search {search!r} is not one of {list(SEARCHES)}")
     for dtype in dtypes:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    return list(itertools.product(batch_sizes, lengths))
 
 
-def describe() -> dict[str, str]:
-    """When and on what a run is made: date, device, machine and versions."""
+def describe() -> dict[str, str | int]:
+    """When and on what a run is made: date, device, machine and versions; on a CPU of Linux also
+    `cache_bytes`, what its caches hold."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")  # where Linux has the processor's name
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
             processor = line.partition(":")[2].strip()
+    device = jax.devices()[0]
+    cache_bytes = _cache_bytes() if device.platform == "cpu" else 0
     return {
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
+        "device": device.device_kind,
         "machine": f"{processor}, {os.cpu_count()} cores",
+        **({"cache_bytes": cache_bytes} if cache_bytes else {}),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
     }
+
+
+def probe_again(dtype: str) -> dict[str, float]:
+    """The device's limits as `record` wants them behind the rows."""
+    return dataclasses.asdict(probe(dtype))
+
+
+def _cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """What the largest caches of all processors hold together, as Linux tells; 0 if it does not."""
+    caches: dict[tuple[int, str], int] = {}
+    for cache in root.glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, cores, size = (
+                (cache / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+            )
+            caches[int(level), cores] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last)
 
 
 class _Bench:

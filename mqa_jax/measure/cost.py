@@ -9,6 +9,7 @@ import re
 
 SEARCHES = ("greedy", "beam")
 BEAM_SIZE = 4  # the paper's
+KEYS = ("search", "dtype", "batch", "context_length")  # what a row is about, beside the variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Cost:
         beam search's self-attention are of four hypotheses a sentence.
       flops: floating-point operations of a step's products and attention.
       gb_per_s: bytes read a second, `(weight_bytes + kv_bytes) / step_ms`, in units of 1e9.
-      probe_gb_per_s: what the device reads at most, measured in the same run.
-      probe_gflop_per_s: what a matrix product of that dtype reaches, measured in the same run.
+      probe_gb_per_s: what the device reads at most, measured in the same run before its rows.
+      probe_gflop_per_s: what a matrix product of that dtype reaches, measured likewise.
       roofline_ms: the least time for a step by both probes.
-      roofline_fraction: `roofline_ms / step_ms`; above 1 where processor caches hold what is read.
+      roofline_fraction: `roofline_ms / step_ms`; above 1 where processor caches hold what is read,
+        or the host was busy while the probes were measured (`probe_behind` is of the same probes,
+        behind the rows).
       compile_seconds: compiling the programs that this row was measured with.
     """
 
@@ -84,3 +87,10 @@ FIELDS = {
         r"^  (\w+): (.+(?:\n {4}.+)*)", inspect.getdoc(Cost) or "", flags=re.MULTILINE
     )
 }
+
+
+def in_digits(value: object) -> str:
+    """A float in three digits or all before the point; `-` for None."""
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"

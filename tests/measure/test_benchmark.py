@@ -197,9 +197,21 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_measured(monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_sizes=[2, 0]), r"not \[2, 0\] and 1"),
-        (dict(repeats=0), r"not \[3\] and 0"),
-        (dict(context_lengths=[5, 1]), "a context length of 1 is too short"),
+        (dict(batch_sizes=[2, 0]), "a batch size must be from 1 to .*, not 0"),
+        (dict(batch_sizes=[-3]), "a batch size must be from 1 to .*, not -3"),
+        (dict(batch_sizes=[2.0]), "a batch size must be an integer, not 2.0"),
+        (dict(batch_sizes=[True]), "a batch size must be an integer, not True"),
+        (dict(batch_sizes=[2**31]), "a batch size must be from 1 to .*, not 2147483648"),
+        (dict(batch_sizes=[2**31 - 1]), "batch 2147483647, .* GB, but the device has"),
+        (
+            dict(batch_sizes=[2**31 - 1], context_lengths=[2**31 - 1]),
+            "GB, but the device has",
+        ),
+        (dict(repeats=0), "repeats must be at least 1, not 0"),
+        (dict(repeats=1.5), "repeats must be an integer, not 1.5"),
+        (dict(context_lengths=[5, 1]), "a context length must be from 2 to .*, not 1"),
+        (dict(context_lengths=[float("nan")]), "a context length must be an integer, not nan"),
+        (dict(context_lengths=[10**30]), "a context length must be from 2 to .*, not 1000"),
         (dict(context_lengths=[]), "nothing to measure"),
         (dict(searches=["sample"]), r"'sample' is not one of \['greedy', 'beam'\]"),
         (dict(dtypes=["int8"]), "'int8' is not one of float32, bfloat16, float16"),
@@ -211,6 +223,22 @@ def test_what_cannot_be_measured_is_refused(options, message):
 
 
 def test_a_run_says_what_it_was_made_on():
-    assert benchmark.describe().keys() == {
+    assert benchmark.describe().keys() - {"cache_bytes"} == {
         *("date", "device", "machine", "python", "jax", "jaxlib", "flax")
     }
+
+
+def test_the_largest_caches_of_all_processors_count_once_each(tmp_path):
+    caches = [
+        (0, 1, "0", "48K"),
+        (0, 3, "0-1", "4096K"),
+        (1, 3, "0-1", "4096K"),
+        (2, 3, "2", "512K"),
+    ]
+    for cpu, level, cores, size in caches:
+        folder = tmp_path / f"cpu{cpu}/cache/index{level}"
+        folder.mkdir(parents=True)
+        for name, value in dict(level=level, shared_cpu_list=cores, size=size).items():
+            (folder / name).write_text(f"{value}\n")
+    assert benchmark._cache_bytes(tmp_path) == (4096 + 512) * 1024
+    assert benchmark._cache_bytes(tmp_path / "nowhere") == 0

@@ -1,108 +1,19 @@
-"""The record of a run: saved, printed, drawn, put into a README and beside the paper."""
-
-import dataclasses
-import json
+"""A run as a person reads it: a table, a README's table, the paper beside it."""
 
 import pytest
+from costs import ABOUT, cost, grid, run
 
-from mqa_jax.measure import plots, report
-from mqa_jax.measure.cost import FIELDS, Cost
-
-ABOUT = dict(
-    date="2026-11-23",
-    device="cpu",
-    machine="a laptop, 2 cores",
-    python="3.13.0",
-    jax="0.12.0",
-    jaxlib="0.12.0",
-    flax="0.12.12",
-)
-COST = Cost(
-    variant="multi_head",
-    search="greedy",
-    dtype="float32",
-    batch=8,
-    context_length=128,
-    parameters=211_000_000,
-    encode_ms=1024.0,
-    prefill_ms=700.0,
-    steps=32,
-    step_ms=40.0,
-    step_ms_min=38.5,
-    step_ms_max=123.4,
-    step_alone_ms=41.0,
-    reorder_ms=None,
-    encode_us_per_token=1000.0,
-    step_us_per_token=5000.0,
-    weight_bytes=490_000_000,
-    kv_bytes=110_000_000,
-    flops=2_000_000_000,
-    gb_per_s=15.0,
-    probe_gb_per_s=30.0,
-    probe_gflop_per_s=180.0,
-    roofline_ms=20.0,
-    roofline_fraction=0.5,
-    compile_seconds=3.0,
-)
+from mqa_jax.measure import report
 
 
-def cost(variant="multi_head", **changes) -> Cost:
-    return dataclasses.replace(COST, variant=variant, **changes)
-
-
-def run(*costs: Cost) -> report.Run:
-    return report.Run(ABOUT, list(costs), is_complete=True)
-
-
-def grid(variants, batches, lengths) -> list[Cost]:
-    return [cost(v, batch=b, context_length=c) for v in variants for b in batches for c in lengths]
-
-
-def test_every_field_is_documented():
-    assert list(FIELDS) == [field.name for field in dataclasses.fields(Cost)]
-    assert FIELDS["step_ms"] == "one step inside the on-device loop, median of the runs."
-    assert FIELDS["reorder_ms"].endswith("median of the runs, measured alone.")  # a third line
-
-
-def test_json_comes_back_as_it_was(tmp_path):
-    saved = run(cost(), cost("multi_query", search="beam", encode_ms=None, reorder_ms=0.25))
-    report.save(saved, tmp_path / "benchmark.json")
-    assert report.load(tmp_path / "benchmark.json") == saved
-    content = json.loads((tmp_path / "benchmark.json").read_text())
-    assert content["fields"] == FIELDS and content["machine"] == "a laptop, 2 cores"
-    assert content["costs"][0].keys() == FIELDS.keys()
-
-
-def test_json_of_another_version_is_refused(tmp_path):
-    path = tmp_path / "benchmark.json"
-    row = dataclasses.asdict(COST)
-    del row["steps"]
-    path.write_text(json.dumps({**ABOUT, "costs": [row | {"speed": 1}]}))
-    with pytest.raises(ValueError, match="its rows differ in speed, steps"):
-        report.load(path)
-
-
-def test_each_row_is_saved_at_once_and_an_interrupt_keeps_them(tmp_path, capsys):
-    path, rows = tmp_path / "benchmark.json", [cost(batch=2), cost(batch=3)]
-
-    def measure(is_interrupted):
-        yield rows[0]
-        assert report.load(path) == report.Run(ABOUT, rows[:1], is_complete=False)
-        yield rows[1]
-        if is_interrupted:
-            raise KeyboardInterrupt
-
-    assert report.record(measure(False), ABOUT, path) == run(*rows) == report.load(path)
-    kept = report.record(measure(True), ABOUT, path)
-    assert kept == report.load(path) == report.Run(ABOUT, rows, is_complete=False)
-    assert "interrupted: 2 rows are kept" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [path]
+def printed(capsys, *args, **options) -> list[str]:
+    report.print_table(*args, **options)
+    return capsys.readouterr().out.splitlines()
 
 
 def test_the_table_says_once_what_all_rows_share(capsys):
     beam = cost("multi_query_local", context_length=509, search="beam", reorder_ms=0.0625)
-    report.print_table(run(cost(), beam))
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys, run(cost(), beam), wide=True)
     assert "random weights, float32, batch 8" in lines[0]
     assert "30 GB/s, 180 GFLOP/s" in lines[-1]
     header = "\n".join(lines[1:5])
@@ -111,9 +22,103 @@ def test_the_table_says_once_what_all_rows_share(capsys):
     assert {"greedy", "128", "40.0", "38.5", "123", "-", "490", "110", "50"} <= set(head)
     (local,) = (line.split() for line in lines if "multi_query_local" in line)
     assert {"beam", "509", "0.0625"} <= set(local)
-    report.print_table(run(cost(encode_ms=None, encode_us_per_token=None)))
-    printed = capsys.readouterr().out
-    assert "encode" not in printed and "reorder" not in printed
+    lines = printed(capsys, run(cost(encode_ms=None, encode_us_per_token=None)), wide=True)
+    assert "encode" not in str(lines) and "reorder" not in str(lines)
+
+
+# Nothing that a run can have is wider: two searches, three dtypes, large sizes and slow steps.
+WORST = [
+    cost(
+        variant,
+        search=search,
+        dtype=dtype,
+        batch=65_536,
+        context_length=131_072,
+        encode_ms=987_654.3,
+        step_ms=123_456.7,
+        step_ms_min=112_345.6,
+        step_ms_max=134_567.8,
+        kv_bytes=1_234_567_000_000,
+        roofline_fraction=1.234,
+    )
+    for search in ("greedy", "beam")
+    for dtype in ("float32", "bfloat16", "float16")
+    for variant in ("multi_query_local", "my_own_grouped_query_of_4_heads_and_window_256")
+]
+TYPICAL = [
+    cost(variant, search=search, context_length=c)
+    for search in ("greedy", "beam")
+    for variant in ("multi_head", "multi_query", "multi_head_local", "multi_query_local")
+    for c in (128, 512, 2048)
+]
+
+
+@pytest.mark.parametrize("terminal", ["40", "80", "200"])
+@pytest.mark.parametrize("rows", [[cost()], TYPICAL, [*TYPICAL, *WORST]], ids=len)
+def test_the_table_fits_80_columns_and_cuts_no_figure(rows, terminal, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", terminal)
+    behind = {dtype: dict(gb_per_s=29.0, gflop_per_s=170.0) for dtype in {c.dtype for c in rows}}
+    lines = printed(capsys, run(*rows, probe_behind=behind))
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    for row in {id(row): row for row in rows}.values():
+        figures = [report.in_digits(row.step_ms), f"{100 * row.roofline_fraction:.0f} %"]
+        figures += [report.in_digits(x) for x in (row.step_ms_min, row.step_ms_max, row.encode_ms)]
+        figures += [report.in_digits(row.kv_bytes / 1e6)]
+        if len(rows) > 1:
+            figures += [str(row.context_length)]
+        assert any(all(figure in line for figure in figures) for line in lines), row
+    folded = "".join(line.strip().split("  ")[0].replace(" ", "") for line in lines)
+    assert all(row.variant in folded for row in rows)
+    # With two searches or dtypes, what a group of rows is about stands above it.
+    if len(rows) > len(TYPICAL):
+        for search, dtype in {(c.search, c.dtype) for c in rows}:
+            assert f"{search},{dtype}" in folded
+    monkeypatch.setenv("COLUMNS", "80")
+    wide = printed(capsys, run(*rows, probe_behind=behind), wide=True)
+    assert any("GFLOP" in line and len(line) > 80 for line in wide)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in "\n".join(wide)
+
+
+FAST = cost(roofline_fraction=1.12, roofline_ms=44.8)
+
+
+@pytest.mark.parametrize(
+    ("fast", "about", "behind_gb_per_s", "reason"),
+    [
+        (FAST, dict(cache_bytes=700_000_000), 60.0, "caches (700 MB) hold all that it reads"),
+        (FAST, dict(cache_bytes=64_000_000), 60.0, "the host was busier"),
+        (FAST, dict(), 60.0, "the host was busier"),
+        (FAST, dict(cache_bytes=64_000_000), 12.0, "caches (64 MB) hold a part of what it reads"),
+        (cost(roofline_fraction=1.01), dict(), None, "fall short of what the device can do"),
+        (FAST, dict(), None, "either caches hold what it reads, or the host was busy"),
+        # Arithmetic is not held in a cache.
+        (
+            cost(roofline_fraction=1.12, flops=8_000_000_000),
+            dict(cache_bytes=700_000_000),
+            None,
+            "either caches hold",
+        ),
+    ],
+)
+def test_above_100_percent_says_why(fast, about, behind_gb_per_s, reason, capsys):
+    behind = {}
+    if behind_gb_per_s is not None:
+        behind = {"float32": dict(gb_per_s=behind_gb_per_s, gflop_per_s=170.0)}
+    measured = run(cost(batch=1), fast, about=ABOUT | about, probe_behind=behind)
+    lines = printed(capsys, measured)
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if "%" in line and line.startswith(" multi_head      8"))
+    assert f"a {100 * fast.roofline_fraction:.0f} %" in row
+    text = " ".join("\n".join(lines).split())
+    assert reason in text and text.count("a: above 100 %") == 1
+    assert reason in report.markdown(measured) and "%, a)" in report.markdown(measured)
+    if behind:
+        assert (
+            f"30 GB/s, 180 GFLOP/s before, {behind_gb_per_s:.0f} GB/s, 170 GFLOP/s behind" in text
+        )
+    assert "above 100 %" not in str(printed(capsys, run(cost())))
 
 
 def test_the_paper_is_compared_ratio_by_ratio(capsys):
@@ -139,8 +144,17 @@ def test_the_paper_is_compared_ratio_by_ratio(capsys):
     assert paper == [2.0, 203, 1.9, 47]
 
     report.print_comparison(run(*sizes, cost("grouped_query_2")))
-    printed = capsys.readouterr().out
-    assert "12.11" in printed and "10.00" in printed and "grouped_query_2" not in printed
+    text = capsys.readouterr().out
+    assert "12.11" in text and "10.00" in text and "grouped_query_2" not in text
+    worst = [
+        cost(variant, **dict(batch=65_536, context_length=131_072, search=search, dtype=dtype))
+        for variant in report.PAPER["beam"]
+        for search in report.PAPER
+        for dtype in ("float32", "bfloat16")
+    ]
+    report.print_comparison(run(*worst, cost(batch=1)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and sum("131072" in line for line in lines) == 2 * len(worst)
 
 
 @pytest.mark.parametrize(
@@ -199,69 +213,16 @@ def test_a_readme_without_markers_is_left_alone(text, tmp_path):
     assert readme.read_text() == text
 
 
-BOTH = ("multi_head", "multi_query")
-
-
-@pytest.mark.parametrize(
-    ("costs", "names"),
-    [
-        ([cost()], ["roofline_greedy_float32"]),
-        (
-            grid(["multi_head", "multi_head_local"], [8], [128, 512]),
-            ["step_cost_greedy_float32_batch_8", "roofline_greedy_float32"],
-        ),
-        (
-            grid(BOTH, [1, 8], [128]),
-            ["batch_cost_greedy_float32_context_128", "roofline_greedy_float32"],
-        ),
-        (
-            grid(BOTH, [1, 8], [128, 512])[:-1],  # interrupted before the last
-            [
-                "step_cost_greedy_float32_batch_1",
-                "step_cost_greedy_float32_batch_8",
-                "batch_cost_greedy_float32_context_128",
-                "batch_cost_greedy_float32_context_512",
-                "roofline_greedy_float32",
-                "ratio_greedy_float32",
-            ],
-        ),
-        (
-            [cost(), cost(search="beam", context_length=512), cost(dtype="bfloat16", batch=1)],
-            ["roofline_greedy_float32", "roofline_beam_float32", "roofline_greedy_bfloat16"],
-        ),
-    ],
-    ids=["one row", "contexts", "batches", "both", "nothing alike"],
-)
-def test_what_the_rows_allow_is_drawn(costs, names, tmp_path):
-    paths = plots.draw(costs, ABOUT, tmp_path / "new")
-    assert [path.name for path in paths] == [f"{name}.png" for name in names]
-    assert set((tmp_path / "new").iterdir()) == set(paths)
-    assert all(path.read_bytes()[1:4] == b"PNG" for path in paths)
-
-
-def test_the_heat_map_has_the_ratios_and_the_line_where_multi_query_pays():
-    step_ms = dict(zip([(1, 128), (1, 512), (8, 128), (8, 512)], [1.0, 1.2, 1.4, 3.0], strict=True))
-    heads = [cost(batch=b, context_length=c, step_ms=7 * ms) for (b, c), ms in step_ms.items()]
-    queries = [dataclasses.replace(c, variant="multi_query", step_ms=7.0) for c in heads]
-    axes = plots._ratio(heads + queries).axes[0]
-    assert [text.get_text() for text in axes.texts[:4]] == ["1.00", "1.20", "1.40", "3.00"]
-    ((vertices,),) = (
-        contour.allsegs for contour in axes.collections if hasattr(contour, "allsegs")
-    )
-    # Between 1.4 and 3 it is reached at a sixteenth of the way, between 1.2 and 3 at a sixth.
-    ends = sorted(tuple(vertex) for vertex in (vertices[0][0], vertices[0][-1]))
-    assert ends[0] == pytest.approx((1 / 16, 1)) and ends[1] == pytest.approx((1, 1 / 6))
-    # Nowhere reached: no line.
-    axes = plots._ratio([c for c in heads + queries if c.batch == 1] + grid(BOTH, [2], [128, 512]))
-    assert not any(hasattr(contour, "allsegs") for contour in axes.axes[0].collections)
-
-
 def test_figures_come_from_a_file_without_measuring(tmp_path, monkeypatch, capsys):
-    report.save(run(*grid(BOTH, [8], [128, 512])), tmp_path / "benchmark.json")
+    rows = grid(("multi_head", "multi_query"), [8], [128, 512])
+    report.save(run(*rows), tmp_path / "benchmark.json")
     (tmp_path / "README.md").write_text("<!-- benchmark --><!-- /benchmark -->")
     args = [tmp_path / "benchmark.json", tmp_path / "docs", f"--readme={tmp_path}/README.md"]
     monkeypatch.setattr("sys.argv", ["report", *map(str, args)])
     report.main()
-    assert (tmp_path / "docs/step_cost_greedy_float32_batch_8.png").exists()
-    assert "step_cost_greedy_float32_batch_8.png" in capsys.readouterr().out
+    assert (tmp_path / "docs/step_against_context.png").exists()
+    assert "step_against_context.png" in capsys.readouterr().out
     assert "multi_query" in (tmp_path / "README.md").read_text()
+    (tmp_path / "benchmark.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: .*benchmark\.json is not whole"):
+        report.main()
