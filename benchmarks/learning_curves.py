@@ -97,6 +97,7 @@ def draw(title: str | None, curves: dict[str, Curve]) -> Figure:
     axes.set(
         xlabel="step", ylabel=f"{METRIC.value} of validation data", yscale="log", xlim=(0, None)
     )
+    axes.set_ylim(bottom=0.93 * axes.get_ylim()[0])  # room for the labels of the ends
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
