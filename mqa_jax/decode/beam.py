@@ -142,21 +142,16 @@ def _search(
         step, tokens_R, hypotheses, is_finite_B, cache = state
         live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, live_length_B = hypotheses
         logits_RV, cache = step_fn(tokens_R, cache)
-        # The logarithmic softmax in two steps, the second of which can be taken as candidates are
-        # made: whole, it would be written and read once more, a twentieth of a GPU's step.
-        logits_BbV = logits_RV.astype(jnp.float32).reshape(batch, beam_size, -1)
-        vocab_size = logits_BbV.shape[-1]
-        shifted_BbV = logits_BbV - jnp.max(logits_BbV, axis=-1, keepdims=True)
-        log_z_Bb = jnp.log(jnp.sum(jnp.exp(shifted_BbV), axis=-1))
+        log_prob_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
+        log_prob_BbV = log_prob_RV.reshape(batch, beam_size, -1)
+        vocab_size = log_prob_BbV.shape[-1]
 
-        # Of NaN, of infinity, and of minus infinity throughout.
-        is_nan_Bb = jnp.isnan(log_z_Bb)
+        # NaN, infinity, or minus infinity throughout: all of its log-probabilities are NaN then.
+        is_nan_Bb = jnp.isnan(log_prob_BbV[:, :, 0])
         is_open_B = is_open(live_Bb, finished_Bb, is_finite_B)
         is_finite_B &= ~(is_open_B & jnp.any(is_nan_Bb & (live_Bb > -jnp.inf), axis=1))
         candidate_BbV = jnp.where(
-            is_nan_Bb[:, :, None],
-            -jnp.inf,
-            live_Bb[:, :, None] + (shifted_BbV - log_z_Bb[:, :, None]),
+            is_nan_Bb[:, :, None], -jnp.inf, live_Bb[:, :, None] + log_prob_BbV
         )
 
         # At most E candidates of a beam end it, so the best (1 + E) b hold b that do not.
