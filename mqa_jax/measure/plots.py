@@ -239,7 +239,8 @@ def _roofline(costs: Sequence[Cost], what: str, behind: Mapping[str, Mapping[str
     batches = _distinct(costs, SIZES["batch"]) if x_name != "batch" else [None]
     question = "How near is one decode step to what the device can do?"
     figure, grid = _panels(f"{question}\n{what}", len(batches), len(kinds))
-    dash, has_dashes, labels = dict(linestyle="none", marker="_", markersize=11), False, []
+    dash: dict[str, Any] = dict(linestyle="none", marker="_", markersize=11)
+    has_dashes, labels = False, []
     for (batch, kind), axes in zip(itertools.product(batches, kinds), grid.flat, strict=True):
         panel = [c for c in costs if _kind(c) == kind and batch in (None, c.batch)]
         if not panel:
@@ -270,8 +271,8 @@ def _roofline(costs: Sequence[Cost], what: str, behind: Mapping[str, Mapping[str
         if rate_behind:
             axes.plot(ends, [1e3 * x / rate_behind for x in ends], color=BLACK, lw=1, ls=":")
             limits += f", behind the run {in_digits(rate_behind)}"
-        same = {name: {*map(of, panel)} for name, of in SIZES.items()}
-        same = [f"{name} {values.pop()}" for name, values in same.items() if len(values) == 1]
+        values = {name: {*map(of, panel)} for name, of in SIZES.items()}
+        same = [f"{name} {of.pop()}" for name, of in values.items() if len(of) == 1]
         computing = f"computing {in_digits(panel[0].probe_gflop_per_s)} GFLOP/s"
         axes.set_title(f"{', '.join([*kind, *same])}\n{limits}; {computing}", fontsize=9.5)
         for axis in (axes.xaxis, axes.yaxis):
@@ -309,10 +310,9 @@ def _times_cheaper(costs: Sequence[Cost], what: str):
         for key, ms in step_ms.items()
         if key[0] != BASELINE and (BASELINE, *key[1:]) in step_ms
     }
-    variants, kinds, batches, lengths = (
-        list(dict.fromkeys(k[i] for k in ratios)) for i in range(4)
-    )
-    batches, lengths = sorted(batches), sorted(lengths)
+    variants = list(dict.fromkeys(key[0] for key in ratios))
+    kinds = list(dict.fromkeys(key[1] for key in ratios))
+    batches, lengths = sorted({key[2] for key in ratios}), sorted({key[3] for key in ratios})
     if len(batches) * len(lengths) < 2:
         return None
     question = f"How many times cheaper than {BASELINE} is one decode step?"
