@@ -66,7 +66,9 @@ def define(values: flags.FlagValues) -> None:
 def check(args: flags.FlagValues) -> None:
     """Raises a ValueError, before anything is loaded, for flags that make no sense."""
     if args.workdir is None:
-        raise ValueError("give --workdir to decode, or --benchmark, or --compile_only")
+        raise ValueError(
+            "give --workdir, of a training run, to decode with, or --benchmark, to measure"
+        )
     if args.sample and args.beam_size > 1:
         raise ValueError("--sample and --beam_size exclude each other")
     refuse_idle(
@@ -106,7 +108,7 @@ def run(args: flags.FlagValues) -> None:
         references = read_lines(reference)
         if len(references) != len(lines):
             raise ValueError(
-                f"{text_name(reference)} has {len(references)} lines, {text_name(source)} has "
+                f"{text_name(reference)} has {_count(len(references))}, {text_name(source)} has "
                 f"{len(lines)}"
             )
     outputs = []
@@ -206,6 +208,10 @@ def build_search(args: flags.FlagValues, eos_id: int) -> Search:
     return functools.partial(greedy, eos_id=eos_id)
 
 
+def _count(lines: int) -> str:
+    return f"{lines} line{'s' * (lines != 1)}"
+
+
 def print_stats(stats: LineStats, lines: int, on_long: str) -> None:
     """On standard error, how fast it was, and which lines did not go the usual way."""
 
@@ -214,13 +220,13 @@ def print_stats(stats: LineStats, lines: int, on_long: str) -> None:
 
     if stats.steps:
         tell(
-            f"{lines} lines, {stats.tokens} tokens in {stats.decode_seconds:.1f} s: "
+            f"{_count(lines)}, {stats.tokens} tokens in {stats.decode_seconds:.1f} s: "
             f"{stats.tokens / stats.decode_seconds:.0f} tokens/s, "
             f"{1e3 * stats.decode_seconds / stats.steps:.2f} ms per step of "
             f"{stats.rows / stats.steps:.3g} lines (compiled in {stats.compile_seconds:.1f} s)"
         )
     else:
-        tell(f"{lines} lines, and nothing to decode in them")
+        tell(f"{_count(lines)}, and nothing to decode in them")
     for numbers, what in (
         (stats.blank, "blank, as their outputs are"),
         (stats.too_long, f"too long: --on_long={on_long}"),
@@ -228,7 +234,7 @@ def print_stats(stats: LineStats, lines: int, on_long: str) -> None:
     ):
         if numbers:
             first = ", ".join(map(str, sorted(numbers)[:5])) + ", ..." * (len(numbers) > 5)
-            tell(f"{len(numbers)} of them {what} (line {first})")
+            tell(f"{len(numbers)} of them {what} (line{'s' * (len(numbers) > 1)} {first})")
 
 
 def print_scores(outputs: list[str], references: list[str]) -> None:

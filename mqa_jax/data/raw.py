@@ -115,7 +115,7 @@ def _build(builder: tfds.core.DatasetBuilder) -> None:
     needs_tensorflow = not isinstance(builder, ParallelText | NumberPhrases)
     if needs_tensorflow and importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
-            f"to build {builder.info.full_name} takes TensorFlow: `pip install mqa_jax[prepare]`, "
+            f'to build {builder.info.full_name} takes TensorFlow: pip install "mqa_jax[prepare]", '
             f"or copy it, built elsewhere as array_record, to {builder.data_dir}"
         )
     if not sys.stderr.isatty():

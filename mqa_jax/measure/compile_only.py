@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mqa_jax.core.devices import PEAK_TFLOP_PER_S
+from mqa_jax.core.extras import MissingExtra
 from mqa_jax.core.sharding import ShardingRules, make_mesh
 from mqa_jax.measure.hlo import Program
 from mqa_jax.measure.roofline import abstract_caches, step_weights
@@ -101,13 +102,15 @@ def find_topology(name: str) -> Topology:
     """The devices of a topology, such as `v5e:4x4`.
 
     Raises:
-      RuntimeError: libtpu is not installed.
+      MissingExtra: libtpu is not installed.
       ValueError: libtpu knows no such topology; the message lists those that were tried.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError(
+        raise MissingExtra(
             "compiling for a TPU needs libtpu, which holds the compiler: "
-            'pip install --editable ".[all,tpu]" (on Linux, x86-64; it needs no TPU)'
+            'pip install "mqa_jax[all,tpu]", in a clone --editable ".[all,tpu]" (on Linux, x86-64; '
+            "it needs no TPU)",
+            name="libtpu",
         )
     # Nobody is to look for a TPU here, or to ask the cloud about one; and as none is opened, other
     # programs may have libtpu loaded at the same time.
@@ -268,7 +271,7 @@ def train(config: ConfigDict, topology_name: str) -> int:
 
     Raises:
       ValueError: an unknown topology, or a mesh or a batch that do not divide.
-      RuntimeError: libtpu is not installed.
+      MissingExtra: libtpu is not installed.
     """
     topology = find_topology(topology_name)
     mesh = make_mesh(**config.mesh, devices=topology.devices)

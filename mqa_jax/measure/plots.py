@@ -274,7 +274,7 @@ def _roofline(costs: Sequence[Cost], what: str, behind: Mapping[str, Mapping[str
         values = {name: {*map(of, panel)} for name, of in SIZES.items()}
         same = [f"{name} {of.pop()}" for name, of in values.items() if len(of) == 1]
         computing = f"computing {in_digits(panel[0].probe_gflop_per_s)} GFLOP/s"
-        axes.set_title(f"{', '.join([*kind, *same])}\n{limits}; {computing}", fontsize=9.5)
+        axes.set_title(f"{', '.join([*kind, *same])}\n{limits}\n{computing}", fontsize=9.5)
         for axis in (axes.xaxis, axes.yaxis):
             _set_log(axis)
         least_ms = min(min(c.roofline_ms, c.step_ms) for c in panel)

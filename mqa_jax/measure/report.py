@@ -72,7 +72,7 @@ def print_table(run: Run, *, wide: bool = False) -> None:
         ["variant", *(name for name, *_ in columns)],
     )
     cells = [[c.variant, *(in_digits(value(c)) for _, value, _ in columns)] for c in run.costs]
-    _fill(table, [[getattr(c, key) for key in headings] for c in run.costs], cells)
+    _fill(table, [tuple(getattr(c, key) for key in headings) for c in run.costs], cells)
     _print(table, wide)
 
 
@@ -99,7 +99,7 @@ def print_comparison(run: Run) -> None:
         ]
         for row in rows
     ]
-    _fill(table, [[getattr(row.cost, key) for key in headings] for row in rows], cells)
+    _fill(table, [tuple(getattr(row.cost, key) for key in headings) for row in rows], cells)
     _print(table)
 
 
@@ -117,12 +117,15 @@ def _table(title: str, caption: str, names: Sequence[str]) -> Table:
     return table
 
 
-def _fill(table: Table, headings: Sequence[list], cells: Sequence[list[str]]) -> None:
-    for i, (heading, row) in enumerate(zip(headings, cells, strict=True)):
-        if heading and (i == 0 or heading != headings[i - 1]):
+def _fill(table: Table, headings: Sequence[tuple], cells: Sequence[list[str]]) -> None:
+    """Adds the rows, those with the same heading together."""
+    for heading in dict.fromkeys(headings):
+        if heading:
             table.add_section()
             table.add_row(f"[bold]{', '.join(map(str, heading))}[/bold]")
-        table.add_row(*row)
+        for other, row in zip(headings, cells, strict=True):
+            if other == heading:
+                table.add_row(*row)
 
 
 def _print(table: Table, wide: bool = False) -> None:

@@ -14,7 +14,7 @@ WORKDIR = "--workdir=x"
 MISTAKES = {
     "": ["foo"],
     "train, decode, benchmark, prepare": ["foo"],
-    "give --workdir to decode": ["decode"],
+    "give --workdir, of a training run, to decode with": ["decode"],
     "--temperature: of no effect without --sample": ["decode", WORKDIR, "--temperature=1"],
     "--top_k, --seed: of no effect": ["decode", WORKDIR, "--seed=0", "--top_k=2"],
     "--alpha: of no effect without a --beam_size": ["decode", WORKDIR, "--alpha=1"],

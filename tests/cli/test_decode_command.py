@@ -69,7 +69,7 @@ def test_decode_refuses_a_directory_without_a_run(tmp_path, capsys):
         (["--input=text", "--output=./text"], "--output ./text is the --input too"),
         (["--input=text", "--output=link"], "--output link is the --input too"),
         (["--input=text", "--reference=other", "--output=other"], "is the --reference too"),
-        (["--input=text", "--reference=other"], "other has 1 lines, text has 2"),
+        (["--input=text", "--reference=other"], "other has 1 line, text has 2"),
         (["--input=bad"], "bad:2: not UTF-8"),
         (["--input=bad.gz"], "bad.gz:1: cannot be unpacked"),
         (["--input=text", "--output=/dev/full"], "/dev/full: No space left on device"),
@@ -124,8 +124,8 @@ def test_every_line_has_a_line_whatever_it_holds(project, tmp_path, capsys):
         assert {i for i in range(len(lines)) if not outputs[i]} >= blank
         assert not any(len(line.splitlines()) > 1 for line in outputs)
         errors = capsys.readouterr().err
-        assert "7 lines" in errors and "2 of them blank, as their outputs are (line 2, 6)" in errors
-        assert f"2 of them too long: --on_long={on_long} (line 3, 4)" in errors
+        assert "7 lines" in errors and "2 of them blank, as their outputs are (lines 2, 6" in errors
+        assert f"2 of them too long: --on_long={on_long} (lines 3, 4)" in errors
     assert len(outputs[2]) > 0
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import lm1b, wmt14
+from mqa_jax.core.extras import MissingExtra
 from mqa_jax.core.sharding import make_mesh
 from mqa_jax.measure import compile_only
 from mqa_jax.measure.compile_only import CHIPS, Topology
@@ -67,7 +68,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(capsys):
 
 def test_without_libtpu_the_way_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r'pip install --editable "\.\[all,tpu\]"'):
+    with pytest.raises(MissingExtra, match=r'pip install "mqa_jax\[all,tpu\]"'):
         compile_only.find_topology("v5e:2x2")
 
 

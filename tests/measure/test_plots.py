@@ -79,6 +79,13 @@ def test_labels_that_would_meet_are_moved_apart():
     assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
 
 
+def test_titles_of_the_roofline_side_by_side_are_not_cut():
+    rows = [cost(search=search) for search in ("greedy", "beam")]
+    figure = plots._roofline(rows, "", {"float32": dict(gb_per_s=25.0, gflop_per_s=170.0)})
+    left, right = (axes.title.get_window_extent() for axes in figure.axes)
+    assert left.x0 >= 0 and left.x1 < right.x0 and right.x1 <= figure.bbox.x1
+
+
 def test_the_roofline_names_points_limits_and_what_is_a_share_of_what():
     rows = grid(BOTH, [8], [512, 128]) + grid(BOTH, [1], [512])
     behind = {"float32": dict(gb_per_s=25.0, gflop_per_s=170.0)}
@@ -88,7 +95,7 @@ def test_the_roofline_names_points_limits_and_what_is_a_share_of_what():
         "greedy, float32, batch 1, context length 512",
     ]
     for axes in figure.axes:
-        assert "reading 30.0 GB/s, behind the run 25.0; computing 180" in axes.get_title()
+        assert "reading 30.0 GB/s, behind the run 25.0\ncomputing 180" in axes.get_title()
     assert sorted(texts(figure)) == 2 * ["128: 50 %"] + 4 * ["512: 50 %"]
     legend = figure.legends[0]
     assert legend.get_title().get_text() == (

@@ -81,6 +81,21 @@ def test_the_table_fits_80_columns_and_cuts_no_figure(rows, terminal, capsys, mo
     assert "\N{HORIZONTAL ELLIPSIS}" not in "\n".join(wide)
 
 
+def test_rows_of_a_search_stand_together_under_one_heading(capsys):
+    """The benchmark takes the searches in turns, so that they share what is compiled."""
+    rows = [
+        cost(variant, context_length=c, search=search)
+        for variant in ("multi_head", "multi_query")
+        for c in (128, 512)
+        for search in ("greedy", "beam")
+    ]
+    report.print_table(run(*rows))
+    firsts = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    body = [first for first in firsts if first in ("greedy", "beam", "multi_head", "multi_query")]
+    group = ["multi_head"] * 2 + ["multi_query"] * 2
+    assert body == ["greedy", *group, "beam", *group]
+
+
 FAST = cost(roofline_fraction=1.12, roofline_ms=44.8)
 
 
