@@ -218,9 +218,11 @@ def _report(directory: Path, manifest: Manifest) -> str:
     lines = [f"{directory}:"]
     for split, stats in manifest.splits.items():
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in stats.dropped.items())
+        # A language model has no source.
+        fills = [f"{fill:.1%}" for fill in (stats.source_fill, stats.target_fill) if fill]
         lines.append(
             f"  {split:10} {stats.examples:,} examples in {stats.rows:,} rows, filled "
-            f"{stats.source_fill:.1%} and {stats.target_fill:.1%}; dropped: {dropped or 'none'}"
+            f"{' and '.join(fills)}; dropped: {dropped or 'none'}"
         )
     return "\n".join(lines)
 

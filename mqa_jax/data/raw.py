@@ -1,6 +1,8 @@
 """Raw text: the splits of any TFDS dataset, as examples that know where they come from."""
 
+import contextlib
 import importlib.util
+import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
+from absl import logging
 from ml_collections import ConfigDict
 
 from mqa_jax.core.lock import locked
@@ -43,11 +46,12 @@ class RawText:
           ValueError: there is no such dataset or side, or it cannot be built.
         """
         self._sides = [side for side in (data.source, data.target) if side]
-        self._builder = _builder(data, files)
+        with _quiet_tfds():
+            self._builder = _builder(data, files)
+            _build(self._builder)
         self._names = wanted_splits(data.splits)
         if files:
             self._names = {split: split for split in self._names}
-        _build(self._builder)
         features = self._builder.info.features.items()
         texts = [name for name, feature in features if isinstance(feature, tfds.features.Text)]
         if missing := set(self._sides) - set(texts):
@@ -127,7 +131,22 @@ def _build(builder: tfds.core.DatasetBuilder) -> None:
         for left in parent.glob("incomplete.*"):
             shutil.rmtree(left)
         if not builder.is_prepared():
-            builder.download_and_prepare()
+            told: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if isinstance(builder, ParallelText | NumberPhrases):
+                told = contextlib.redirect_stdout(io.StringIO())  # That it downloads; it does not.
+            with told:
+                builder.download_and_prepare()
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Leaves out the warnings of TFDS, which are that a dataset, or a config, is new to it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def own_files(data: ConfigDict) -> ParallelTextConfig:

@@ -95,7 +95,7 @@ def test_the_same_twice(config, tmp_path):
     assert made[0] == made[1]
 
 
-def test_language_model(config, text_dir):
+def test_language_model(config, text_dir, capsys):
     config.update(source="", source_length=0, vocab_size=281)
     config.splits.test = ""
     directory = prepare(config)
@@ -103,6 +103,7 @@ def test_language_model(config, text_dir):
         ("", german) for _, german in lines(text_dir, "train")
     )
     assert all(source == [] for row in rows(directory, "train") for source, _ in row)
+    assert "%;" in (out := capsys.readouterr().out) and " and " not in out  # of one side alone
     assert read_lines(directory / "validation.de.txt") == read_lines(text_dir / "val.de")
     manifest = Manifest.read(directory)
     assert manifest.splits.keys() == {"train", "validation"}
@@ -111,10 +112,12 @@ def test_language_model(config, text_dir):
     assert not list(directory.glob("test*"))
 
 
-def test_prepared_data_is_found_again(config, capsys):
+def test_prepared_data_is_found_again(config, capsys, caplog):
     prepare(config)
     before = {file: file.stat().st_mtime_ns for file in Path(config.dir).iterdir()}
-    assert "211 examples" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    # What TFDS would say of a dataset that it has not seen, and that it downloads, is left out.
+    assert "211 examples" in out and "ownload" not in out and not caplog.records
     assert prepare(config) == Path(config.dir)
     assert {file: file.stat().st_mtime_ns for file in Path(config.dir).iterdir()} == before
     assert capsys.readouterr().out == ""
