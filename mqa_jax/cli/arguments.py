@@ -172,8 +172,8 @@ def _help(command: ModuleType, values: flags.FlagValues) -> str:
     lines = [command.__doc__ or ""]
     for name in values:
         flag = values[name]
-        has_default = flag.default is not None and not flag.boolean
-        shown = f"  --{name}={flag.default_as_str[1:-1]}" if has_default else f"  --{name}"
+        default = None if flag.boolean else flag.default_as_str
+        shown = f"  --{name}" if default is None else f"  --{name}={default[1:-1]}"
         first, *others = textwrap.wrap(flag.help, 68)
         lines += [f"{shown:24} {first}"] if len(shown) <= 24 else [shown, f"{'':25}{first}"]
         lines += [f"{'':25}{other}" for other in others]

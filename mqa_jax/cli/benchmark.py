@@ -120,9 +120,9 @@ def measure(args: flags.FlagValues, configs: dict[str, ConfigDict], sizes: dict)
 def integers(args: flags.FlagValues, name: str) -> list[int]:
     """The values of a flag that lists numbers."""
     try:
-        numbers = [int(text) for text in args[name].value]
+        numbers = [int(text) for text in getattr(args, name)]
     except ValueError:
-        raise ValueError(f"--{name} takes whole numbers, not {args[name].value}") from None
+        raise ValueError(f"--{name} takes whole numbers, not {getattr(args, name)}") from None
     return [check_integer(f"--{name}", number) for number in numbers]
 
 

@@ -44,7 +44,10 @@ class Dropout(nnx.Dropout):
             )
         return rngs
 
-    def __call__(self, x: Array, *, rngs: nnx.Rngs | None = None) -> Array:
+    # Whether it drops follows from what `drops_with` says, not from an argument.
+    def __call__(  # type: ignore[override]
+        self, x: Array, *, rngs: nnx.Rngs | None = None
+    ) -> Array:
         """`x`, with some features zero and the others larger where it drops."""
         rngs = self.drops_with(rngs)
         return x if rngs is None else super().__call__(x, deterministic=False, rngs=rngs)

@@ -9,17 +9,17 @@ mesh, XLA places what lies between, and what comes out is split as the outputs a
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-Function = TypeVar("Function", bound=Callable)
 
-
-def automatic(outputs: Callable[..., Any]) -> Callable[[Function], Function]:
+def automatic[**Arguments, Output](
+    outputs: Callable[..., Any],
+) -> Callable[[Callable[Arguments, Output]], Callable[Arguments, Output]]:
     """Decorates a function of arrays and modules; does nothing where no mesh axis is explicit.
 
     Args:
@@ -27,18 +27,18 @@ def automatic(outputs: Callable[..., Any]) -> Callable[[Function], Function]:
         array that the function returns, in the same tree. (See `spec`.)
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callable[Arguments, Output]) -> Callable[Arguments, Output]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
             mesh = explicit_mesh(args, kwargs)
             if mesh is None:
                 return function(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
 
-            def body(*arrays):
+            def body(*arrays: jax.Array) -> tuple[Output, list[nnx.State]]:
                 within = list(leaves)
                 for i, array in zip(at, arrays, strict=True):
                     within[i] = array
@@ -89,15 +89,19 @@ def explicit_mesh(args: tuple, kwargs: dict) -> Mesh | AbstractMesh | None:
     return mesh if _explicit_axes(mesh) else None
 
 
-def spec(array: Any) -> PartitionSpec:
-    """How an array on explicit axes is split, an entry for each of its axes."""
+def spec(array: Any) -> Any:
+    """The `PartitionSpec` of an array on explicit axes, an entry for each of its axes.
+
+    It is declared as Any, here and below, since it stands in trees where arrays stand.
+    """
     entries = tuple(jax.typeof(array).sharding.spec) if isinstance(array, jax.Array) else ()
     return PartitionSpec(*entries, *(None,) * (np.ndim(array) - len(entries)))
 
 
-def partition(*entries: Any) -> PartitionSpec:
+def partition(*entries: Any) -> Any:
     """A `PartitionSpec` in which a mesh axis splits the first of the axes that ask for it."""
-    taken, kept = set(), []
+    taken: set[str] = set()
+    kept = []
     for entry in entries:
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         kept.append(None if taken & set(names) else entry)

@@ -48,11 +48,15 @@ def _dot_to_other_dtype(x: Array, weight: Array, num_inputs: int, output_dtype: 
     return _dot(x, weight, num_inputs, output_dtype)
 
 
-def _dot_forward(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype):
+def _dot_forward(
+    x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype
+) -> tuple[Array, tuple[Array, Array]]:
     return _dot(x, weight, num_inputs, output_dtype), (x, weight)
 
 
-def _dot_backward(num_inputs: int, output_dtype: jnp.dtype, residuals, gradient: Array):
+def _dot_backward(
+    num_inputs: int, output_dtype: jnp.dtype, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     # JAX would widen `x` and `weight` for products with a float32 gradient: of logits in bfloat16
     # training, twice the bytes and, on a GPU, half the speed.
     x, weight = residuals
@@ -64,7 +68,8 @@ _dot_to_other_dtype.defvjp(_dot_forward, _dot_backward)
 
 
 def _dot(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype) -> Array:
-    axes = tuple(tuple(range(array.ndim - num_inputs, array.ndim)) for array in (x, weight))
+    x_axes, weight_axes = (range(array.ndim - num_inputs, array.ndim) for array in (x, weight))
+    axes = (tuple(x_axes), tuple(weight_axes))
     return lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=output_dtype)
 
 

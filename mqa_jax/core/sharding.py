@@ -134,7 +134,7 @@ class ShardingRules:
     F: tuple[str, ...] = ("tensor",)
     V: tuple[str, ...] = ("tensor",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for letter, names in vars(self).items():
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
                 raise ValueError(
@@ -187,7 +187,7 @@ class ShardingRules:
                 f"{split}: a mesh axis splits one axis of an array"
             )
 
-    def params(self, mesh: Mesh, state: nnx.State):
+    def params(self, mesh: Mesh, state: nnx.State) -> nnx.State:
         """The sharding of every weight of a model's (abstract) state, in the same tree."""
 
         def of(variable: nnx.Variable) -> nnx.Variable:

@@ -9,12 +9,12 @@ to translate. The words come from the `num2words` library.
     builder.as_data_source("train")[0]  # {"en": b"ninety-two", "de": b"zweiundneunzig"}
 """
 
+import dataclasses
 import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from num2words import num2words
@@ -62,7 +62,8 @@ def _german(number: int | Decimal, **form: str) -> str:
     return num2words(number, lang="de", **form).replace("einstausend", "eintausend")
 
 
-class Kind(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Kind:
     """A kind of phrase.
 
     Attributes:

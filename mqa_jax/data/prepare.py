@@ -193,7 +193,7 @@ def _write_split(
                     file.write(example.texts[side] + "\n")
                 yield pair
 
-        rows = ([pair] for pair in pairs())
+        rows: Iterator[list[Pair]] = ([pair] for pair in pairs())
         if data.pack:
             rows = pack(pairs(), data.source_length, data.target_length)
         for row in rows:
@@ -207,11 +207,14 @@ def _write_split(
         raise ValueError(
             f"no example is left of {split}, all {dropped.total()} were dropped: {dict(dropped)}"
         )
-    fills = {
-        f"{side}_fill": round(counts[f"{side}_tokens"] / (counts["rows"] * length or 1), 4)
-        for side, length in (("source", data.source_length), ("target", data.target_length))
-    }
-    return SplitStats(**counts, **fills, dropped=dict(dropped))
+
+    def fill(side: str) -> float:
+        slots = counts["rows"] * data[f"{side}_length"]
+        return round(counts[f"{side}_tokens"] / (slots or 1), 4)
+
+    return SplitStats(
+        **counts, source_fill=fill("source"), target_fill=fill("target"), dropped=dict(dropped)
+    )
 
 
 def _report(directory: Path, manifest: Manifest) -> str:

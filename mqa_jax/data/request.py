@@ -35,8 +35,10 @@ OWN_TEXT = "parallel_text"
 DEFAULT_ROOT = Path("data")
 
 # Fields that decide the contents, and those that say where things are.
-CONTENTS = ("builder", "source", "target", "source_length", "target_length")
-CONTENTS += ("pack", "on_invalid", "vocab_size")
+CONTENTS = (
+    *("builder", "source", "target", "source_length", "target_length"),
+    *("pack", "on_invalid", "vocab_size"),
+)
 PLACES = ("path", "dir", "tfds_dir")
 
 # No row and no vocabulary is larger; with more, numbers of bytes would come to be terabytes.
@@ -119,15 +121,15 @@ def _problems_of_sides(right: dict[str, Any]) -> Iterator[str]:
 
 def _problems_of_places(right: dict[str, Any]) -> Iterator[str]:
     for name in PLACES:
-        if place := right.get(name):
+        if text := right.get(name):
             try:
-                path = local_path(f"--config.data.{name}", place)
-                existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+                place = local_path(f"--config.data.{name}", text)
+                existing = next(p for p in (place, *place.absolute().parents) if p.exists())
             except (ValueError, OSError) as error:
                 yield str(error)
                 continue
             if not existing.is_dir():
-                yield f"--config.data.{name} {place!r}: {existing} is a file, not a directory"
+                yield f"--config.data.{name} {text!r}: {existing} is a file, not a directory"
     path, builder = right.get("path"), right.get("builder")
     if path is not None and builder and bool(path) != (builder == OWN_TEXT):
         yield (
@@ -204,7 +206,7 @@ def check_same(directory: Path, manifest: Manifest, asked: dict[str, Any]) -> No
 
 def _flat(request: dict[str, Any]) -> dict[str, Any]:
     """Its dicts' entries as fields of their own, such as `splits.train`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for field, value in request.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"{field}.{name}".rstrip("."): entry for name, entry in entries}

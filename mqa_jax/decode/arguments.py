@@ -57,7 +57,7 @@ def check_search(
     return _end_ids(eos_id, vocab_size)
 
 
-def check_token(name: str, token: int, vocab_size: int) -> None:
+def check_token(name: str, token: int | Array, vocab_size: int) -> None:
     """Raises ValueError unless `token` is an id of the vocabulary; nothing is known of tracers."""
     if isinstance(token, jax.core.Tracer):
         return
@@ -91,7 +91,7 @@ def typed_keys(key: Array) -> Array:
 
 
 def _check_room(cache: Any, max_new_tokens: int) -> None:
-    def is_bounded(node) -> bool:
+    def is_bounded(node: Any) -> bool:
         return isinstance(node, KVCache)
 
     for node in filter(is_bounded, jax.tree.leaves(cache, is_leaf=is_bounded)):
@@ -109,17 +109,17 @@ def _end_ids(eos_id: EndIds, vocab_size: int) -> Array:
     if eos_id is None:
         return jnp.zeros(0, jnp.int32)
     if any(isinstance(id, jax.core.Tracer) for id in jax.tree.leaves(eos_id)):
-        ids = jnp.asarray(eos_id)
-        if ids.ndim > 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"eos_id must be one integer or several, not {ids}")
-        return ids.astype(jnp.int32).reshape(-1)
+        traced = jnp.asarray(eos_id)
+        if traced.ndim > 1 or not jnp.issubdtype(traced.dtype, jnp.integer):
+            raise ValueError(f"eos_id must be one integer or several, not {traced}")
+        return traced.astype(jnp.int32).reshape(-1)
     ids = np.asarray(eos_id)
     if ids.ndim > 1 or not ids.size:
         raise ValueError(f"eos_id must be one integer or several, or None, not {eos_id!r}")
-    ids = sorted(set(ids.reshape(-1).tolist()))
-    for id in ids:
-        check_token("eos_id", id, vocab_size)
-    return jnp.asarray(ids, jnp.int32)
+    ends = sorted(set(ids.reshape(-1).tolist()))
+    for end in ends:
+        check_token("eos_id", end, vocab_size)
+    return jnp.asarray(ends, jnp.int32)
 
 
 def per_row(
@@ -131,14 +131,14 @@ def per_row(
         raise ValueError(
             f"{name} must be one number, or one a row, {list(rows)}: not {list(shape)} of them"
         )
+    column = (*shape, 1) if shape else ()
     if isinstance(value, jax.core.Tracer):
         if value.dtype == bool:
             raise ValueError(f"{name} must be a number, not {value}")
-        numbers = value.astype(jnp.float32)
-    else:
-        flat = np.asarray(value).reshape(-1).tolist()
-        try:
-            numbers = np.array([check_number(name, number, **limits) for number in flat])
-        except ValueError as error:
-            raise ValueError(f"{error}{hint}") from None
-    return numbers.reshape((*shape, 1) if shape else ())
+        return value.astype(jnp.float32).reshape(column)
+    flat = np.asarray(value).reshape(-1).tolist()
+    try:
+        numbers = np.array([check_number(name, number, **limits) for number in flat])
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
+    return numbers.reshape(column)

@@ -5,22 +5,22 @@ E ids that end a hypothesis
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from mqa_jax.core.checks import check_integer, check_number
-from mqa_jax.core.explicit import automatic, explicit, spec
+from mqa_jax.core.explicit import automatic, explicit, partition, spec
 from mqa_jax.decode.arguments import EndIds, check_search
 from mqa_jax.decode.search import Cache, Decoded, StepFn
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def length_penalty(length: Array | int, alpha: float) -> Array | float:
+def length_penalty(length: Array | int, alpha: float | Array) -> Array | float:
     """`((5 + length) / 6) ** alpha` (Wu et al. 2016, equation 14); `length` counts the EOS."""
     return ((5.0 + length) / 6.0) ** alpha
 
@@ -28,7 +28,7 @@ def length_penalty(length: Array | int, alpha: float) -> Array | float:
 def expand(cache: Cache, beam_size: int) -> Cache:
     """A cache of `B` rows for `B * b` hypotheses, of which those of one row begin alike."""
 
-    def of(node):
+    def of(node: Any) -> Any:
         if hasattr(node, "expand"):
             return node.expand(beam_size)
         return _repeat(node, beam_size)
@@ -46,7 +46,7 @@ def reorder(cache: Cache, parent_Bb: Array) -> Cache:
     batch, beam_size = parent_Bb.shape
     parent_R = (jnp.arange(batch)[:, None] * beam_size + parent_Bb).reshape(-1)
 
-    def of(node):
+    def of(node: Any) -> Any:
         if hasattr(node, "reorder"):
             return node.reorder(parent_Bb)
         return node.at[parent_R].get(mode="promise_in_bounds")
@@ -62,7 +62,7 @@ def beam_search(
     beam_size: int,
     max_new_tokens: int,
     eos_id: EndIds = None,
-    alpha: float = 0.6,
+    alpha: float | Array = 0.6,
     pad_id: int = 0,
 ) -> Decoded:
     """The `beam_size` best hypotheses found, by log-probability over length penalty.
@@ -107,8 +107,8 @@ def beam_search(
     )
 
 
-def _decoded_spec(tokens_B: Array, **_) -> Decoded:
-    batch, no_split = spec(tokens_B), PartitionSpec()
+def _decoded_spec(tokens_B: Array, **_: Any) -> Decoded:
+    batch, no_split = spec(tokens_B), partition()
     return Decoded(batch, batch, no_split, batch, is_finite=batch)
 
 
@@ -121,7 +121,7 @@ def _search(
     beam_size: int,
     max_new_tokens: int,
     ends_E: Array,
-    alpha: float,
+    alpha: float | Array,
     pad_id: int,
 ) -> Decoded:
     """The loop of `beam_search`, over a cache of `B * b` rows."""
@@ -133,12 +133,12 @@ def _search(
         reachable_B = live_Bb[:, 0] / length_penalty(max_new_tokens, alpha)
         return is_finite_B & (reachable_B > finished_Bb[:, -1])
 
-    def is_running(state):
+    def is_running(state: tuple[Any, ...]) -> Array:
         step, _, hypotheses, is_finite_B, _ = state
         _, live_Bb, _, finished_Bb, _, _ = hypotheses
         return (step < max_new_tokens) & jnp.any(is_open(live_Bb, finished_Bb, is_finite_B))
 
-    def advance(state):
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens_R, hypotheses, is_finite_B, cache = state
         live_BbL, live_Bb, finished_BbL, finished_Bb, length_Bb, live_length_B = hypotheses
         logits_RV, cache = step_fn(tokens_R, cache)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mqa_jax.attention.cache import CrossCache
+from mqa_jax.attention.module import SelfCache
 from mqa_jax.core.checks import check_integer
 from mqa_jax.decode.arguments import check_token, known_values, typed_keys
-from mqa_jax.decode.search import Decoded
-from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
+from mqa_jax.decode.search import Decoded, StepFn
+from mqa_jax.model.transformer import EncoderDecoder, Model
 
-Model = EncoderDecoder | DecoderOnly
 Search = Callable[..., Decoded]
+Prompt = Sequence[int] | np.ndarray
 
 # Prompts are padded to a multiple of this, so that a corpus needs a handful of compilations.
 BUCKET = 16
@@ -34,7 +37,7 @@ def generate(
     search: Search,
     max_new_tokens: int,
     bos_id: int,
-    **search_options,
+    **search_options: Any,
 ) -> Decoded:
     """Decodes behind a batch of prompts; to be called inside `jax.jit`.
 
@@ -57,6 +60,7 @@ def generate(
     check_token("bos_id", bos_id, vocab_size)
     prompt_BP, lengths_B = (jnp.asarray(x, jnp.int32) for x in (prompt_BP, lengths_B))
     batch, prompt_length = prompt_BP.shape
+    step_fn: StepFn[tuple[SelfCache, ...]]
     if isinstance(model, EncoderDecoder):
         cross = model.init_cross_cache(prompt_BP, lengths_B)
         cache = model.init_cache(batch, max_new_tokens)
@@ -92,7 +96,12 @@ def _check_prompts(prompt_BP: Array, lengths_B: Array, vocab_size: int) -> None:
             check_token(f"prompt_BP[{row}, {at}]", id, vocab_size)
 
 
-def _translate_step(model: EncoderDecoder, cross, tokens_R: Array, cache):
+def _translate_step(
+    model: EncoderDecoder,
+    cross: tuple[CrossCache, ...],
+    tokens_R: Array,
+    cache: tuple[SelfCache, ...],
+) -> tuple[Array, tuple[SelfCache, ...]]:
     return model.decode(tokens_R, cache, cross)
 
 
@@ -163,7 +172,13 @@ class Generator:
         dtype = jnp.dtype(model.config.dtype)
 
         @functools.partial(jax.jit, static_argnames="limit")
-        def run(params, prompt_BP: Array, lengths_B: Array, keys_B: Array | None, limit: int):
+        def run(
+            params: nnx.State,
+            prompt_BP: Array,
+            lengths_B: Array,
+            keys_B: Array | None,
+            limit: int,
+        ) -> Decoded:
             # Once, before the loop: else every step would read the weights in the wider dtype.
             params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
             options = {} if keys_B is None else {"key": keys_B}
@@ -180,7 +195,7 @@ class Generator:
             return dataclasses.replace(decoded, cache=None)
 
         self._run = run
-        self._compiled = {}
+        self._compiled: dict[tuple[tuple[int, ...], int], jax.stages.Compiled] = {}
         self.stats = DecodeStats()
 
     @property
@@ -193,7 +208,7 @@ class Generator:
     def __call__(
         self,
         params: nnx.State,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Array | None = None,
         *,
         name: Callable[[int], str] = "prompt {}".format,
@@ -223,12 +238,12 @@ class Generator:
     def _answers(
         self,
         params: nnx.State,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Array | None,
         name: Callable[[int], str],
     ) -> Iterator[tuple[int, Decoded]]:
         # Only prompts of one shape share a batch: what is decoded for one depends on no other then.
-        by_shape = {}
+        by_shape: dict[tuple[int, int], list[int]] = {}
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             by_shape.setdefault(self._shape(len(prompts[i])), []).append(i)
         batches = [
@@ -246,9 +261,8 @@ class Generator:
             decoded = self._decode(params, prompt_BP, lengths_B, keys_B, limit)
             self.stats.rows += int(decoded.steps) * len(batch)
             for row, i in enumerate(batch):
-                own = jax.tree.map(
-                    lambda x, row=row: x[row], dataclasses.replace(decoded, steps=None)
-                )
+                # All but the steps, which are one number.
+                own = jax.tree.map(lambda x, row=row: x[row] if np.ndim(x) else x, decoded)
                 # A search of one's own may not know.
                 if own.is_finite is not None and not own.is_finite:
                     raise ValueError(
@@ -256,20 +270,27 @@ class Generator:
                         f"{own.length.max()} new tokens, so nothing can be decoded: check that its "
                         "weights are finite, and that they are of this model"
                     )
-                self.stats.tokens += int(own.length.flat[0])
-                yield i, dataclasses.replace(own, steps=decoded.steps)
+                self.stats.tokens += int(own.length.reshape(-1)[0])
+                yield i, own
 
     def tokens(
-        self, params: nnx.State, prompts: Sequence[Sequence[int]], keys: Array | None = None
+        self, params: nnx.State, prompts: Sequence[Prompt], keys: Array | None = None
     ) -> list[list[int]]:
         """As a call, but only the ids of the best hypothesis, those of prompt `i` at index `i`."""
-        best = [[]] * len(prompts)
+        best: list[list[int]] = [[]] * len(prompts)
         for i, decoded in self(params, prompts, keys):
             ids = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0]
-            best[i] = ids[: int(decoded.length.flat[0])].tolist()
+            best[i] = ids[: int(decoded.length.reshape(-1)[0])].tolist()
         return best
 
-    def _decode(self, params, prompt_BP, lengths_B, keys_B, limit: int) -> Decoded:
+    def _decode(
+        self,
+        params: nnx.State,
+        prompt_BP: np.ndarray,
+        lengths_B: np.ndarray,
+        keys_B: Array | None,
+        limit: int,
+    ) -> Decoded:
         """One batch, on the host; compiled apart, so that the clock of decoding excludes it."""
         shape = (prompt_BP.shape, limit)
         start = time.perf_counter()
@@ -283,7 +304,7 @@ class Generator:
         self.stats.steps += int(decoded.steps)
         return decoded
 
-    def _check(self, name: str, prompt: Sequence[int]) -> None:
+    def _check(self, name: str, prompt: Prompt) -> None:
         """A prompt is of ids, has at least one, and leaves room for at least one more."""
         ids = np.asarray(prompt)
         if not ids.size and ids.ndim == 1:

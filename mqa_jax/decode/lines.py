@@ -3,15 +3,16 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from mqa_jax.decode.generate import DecodeStats, Generator, Model
+from mqa_jax.decode.generate import DecodeStats, Generator
 from mqa_jax.decode.search import Decoded
+from mqa_jax.model.transformer import Model
 
 # What may be done about a line that the model has no room for.
 ON_LONG = ("error", "skip", "cut", "split")
@@ -77,13 +78,13 @@ class LineDecoder(Generator):
 
     stats: LineStats
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, **options):
+    def __init__(self, model: Model, tokenizer: Tokenizer, **options: Any):
         super().__init__(model, **options)
         self._tokenizer = tokenizer
         self._eos_id = tokenizer.encode("")[-1]
         self.stats = LineStats()
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # Its prompts are lines: for that it is here.
         self,
         params: nnx.State,
         lines: Sequence[str],

@@ -31,22 +31,24 @@ E ids that end a row
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from mqa_jax.core.checks import check_integer
-from mqa_jax.core.explicit import automatic, explicit, spec
+from mqa_jax.core.explicit import automatic, explicit, partition, spec
 from mqa_jax.decode.arguments import EndIds, check_search, per_row, typed_keys
 from mqa_jax.decode.logits import keep_probable, scaled
 
 Cache = TypeVar("Cache")
 StepFn = Callable[[Array, Cache], tuple[Array, Cache]]
+
+# From logits and the step to tokens, see `_decode`.
+Choose = Callable[[Array, Array], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +77,7 @@ class Decoded:
     length: Array
     steps: Array
     score: Array | None = None
-    cache: Cache | None = None
+    cache: Any = None
     is_finite: Array | None = None
 
 
@@ -166,7 +168,13 @@ def sample(
 
 
 def _draw(
-    keys_B, temperature, top_k, top_p, is_legal, logits_BV: Array, step: Array
+    keys_B: Array,
+    temperature: np.ndarray | Array,
+    top_k: int | None,
+    top_p: np.ndarray | Array | None,
+    is_legal: np.ndarray | Array,
+    logits_BV: Array,
+    step: Array,
 ) -> tuple[Array, Array]:
     logits_BV = keep_probable(scaled(logits_BV, temperature), top_k, top_p)
     logits_BV = jnp.where(is_legal, logits_BV, jnp.nan)
@@ -178,7 +186,7 @@ def _decode(
     step_fn: StepFn,
     cache: Cache,
     tokens_B: Array,
-    choose: Callable[[Array, Array], tuple[Array, Array]],
+    choose: Choose,
     max_new_tokens: int,
     eos_id: EndIds,
     pad_id: int,
@@ -193,20 +201,28 @@ def _decode(
     return _search(step_fn, cache, tokens_B, choose, max_new_tokens, ends_E, pad_id)
 
 
-def _decoded_spec(cache: Cache, tokens_B: Array, **_) -> Decoded:
-    batch, no_split = spec(tokens_B), PartitionSpec()
+def _decoded_spec(cache: Cache, tokens_B: Array, **_: Any) -> Decoded:
+    batch, no_split = spec(tokens_B), partition()
     return Decoded(batch, batch, no_split, cache=jax.tree.map(spec, cache), is_finite=batch)
 
 
 @automatic(_decoded_spec)
-def _search(step_fn, cache, tokens_B, choose, max_new_tokens, ends_E, pad_id) -> Decoded:
+def _search(
+    step_fn: StepFn,
+    cache: Cache,
+    tokens_B: Array,
+    choose: Choose,
+    max_new_tokens: int,
+    ends_E: Array,
+    pad_id: int,
+) -> Decoded:
     batch = tokens_B.shape[0]
 
-    def is_running(state):
+    def is_running(state: tuple[Any, ...]) -> Array:
         step, _, _, is_ended_B, _, _, _ = state
         return (step < max_new_tokens) & ~jnp.all(is_ended_B)
 
-    def advance(state):
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens_B, output_BL, is_ended_B, is_finite_B, length_B, cache = state
         logits_BV, cache = step_fn(tokens_B, cache)
         chosen_B, logits_BV = choose(logits_BV.astype(jnp.float32), step)

@@ -1,6 +1,7 @@
 """The size of a model, and what follows from it alone."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -54,7 +55,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises ValueError for a size, rate or dtype that no model can have."""
         sizes = "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_length"
         for name in sizes.split():
@@ -88,7 +89,7 @@ class TransformerConfig:
             self.d_model, self.d_ff, dropout_rate=self.relu_dropout_rate, rngs=rngs, **self.dtypes
         )
 
-    def call(self, layer: nnx.Module, *args) -> Array:
+    def call(self, layer: nnx.Module, *args: Any) -> Array:
         """The layer's output."""
         call = type(layer).__call__
         return over_batch((nnx.remat(call) if self.remat else call)(layer, *args))

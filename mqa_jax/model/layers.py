@@ -70,8 +70,8 @@ class RMSNorm(nnx.RMSNorm):
         self.output_dtype = check_dtype("dtype", dtype)
 
     @automatic(lambda x_BTD, **_: spec(x_BTD))
-    def __call__(self, x_BTD: ArrayLike) -> Array:
-        x_BTD = as_floats("x_BTD", x_BTD, self.scale.shape[0])
+    def __call__(self, x_BTD: ArrayLike) -> Array:  # type: ignore[override]  # Without a mask.
+        x_BTD = as_floats("x_BTD", x_BTD, self.num_features)
         return super().__call__(x_BTD.astype(jnp.float32)).astype(self.output_dtype)
 
 

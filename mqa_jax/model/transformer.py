@@ -88,7 +88,7 @@ class EncoderDecoder(nnx.Module):
             source_tokens_BS, segment_ids=source_segment_ids, positions=source_positions, rngs=rngs
         )
         memory_mask = None
-        if target_segment_ids is not None:
+        if source_segment_ids is not None and target_segment_ids is not None:
             memory_mask = segment_mask(target_segment_ids, source_segment_ids)
         x_BTD = self.decoder(
             target_inputs_BT,
@@ -249,10 +249,12 @@ def _specs(weight_VD: nnx.Param, tokens: Array, cache: tuple[SelfCache, ...]) ->
     return logits_spec(weight_VD, *spec(tokens)), jax.tree.map(spec, cache)
 
 
-MODELS = {"translation": EncoderDecoder, "language_model": DecoderOnly}
+Model = EncoderDecoder | DecoderOnly
+
+MODELS: Mapping[str, type[Model]] = {"translation": EncoderDecoder, "language_model": DecoderOnly}
 
 
-def build_model(task: str, model: Mapping[str, Any], *, rngs: nnx.Rngs):
+def build_model(task: str, model: Mapping[str, Any], *, rngs: nnx.Rngs) -> Model:
     """The model of a config: `config.task` and `config.model`.
 
     Raises:

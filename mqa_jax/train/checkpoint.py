@@ -153,7 +153,8 @@ class Checkpoints:
         unsigned = self._plain / f"{step}.unsigned"
         for item, arrays in jax.device_get(sums).items():
             for name, number in arrays.items():
-                _check_written(unsigned / item, name, *shapes[item][name], number)
+                shape, dtype = shapes[item][name]
+                _check_written(unsigned / item, name, shape, dtype, number)
         (unsigned / RUN).write_text(self._run)
         (unsigned / MANIFEST).write_text(json.dumps(_hashes(unsigned), indent=2))
         unsigned.rename(self._plain / str(step))
@@ -181,7 +182,7 @@ class Checkpoints:
             if error := future.exception():
                 raise self._failure(step, error)
 
-    def _failure(self, step: int, error: Exception) -> SaveError:
+    def _failure(self, step: int, error: BaseException) -> SaveError:
         return SaveError(
             f"checkpoint {step} could not be written into {self._directory}: {error}. The newest "
             f"one there is of step {self.latest_step()}; make room, and run the same command again"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -138,8 +138,10 @@ def _get(config: ConfigDict, name: str) -> Any:
 
 
 def _problems_of_fields(config: ConfigDict) -> Iterator[str]:
-    checks = [(check_integer, name, limits) for name, limits in _INTEGERS.items()]
-    checks += [(check_number, name, limits) for name, limits in _NUMBERS.items()]
+    checks: list[tuple[Callable[..., Any], str, Mapping[str, float]]] = [
+        *((check_integer, name, limits) for name, limits in _INTEGERS.items()),
+        *((check_number, name, limits) for name, limits in _NUMBERS.items()),
+    ]
     if config.model.get("window") is not None:
         checks.append((check_integer, "model.window", {}))
     for check, name, limits in checks:

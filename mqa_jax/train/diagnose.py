@@ -11,8 +11,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from mqa_jax.core.sharding import ShardingRules, on_mesh
+from mqa_jax.model.transformer import Model
 from mqa_jax.train.step import (
     Batch,
     apply,
@@ -27,7 +29,7 @@ SHOWN = 4  # Names, or rows, of each kind.
 
 
 def make_diagnosis(
-    model: nnx.Module,
+    model: Model,
     mesh: Mesh,
     *,
     seed: int,
@@ -48,7 +50,7 @@ def make_diagnosis(
     gradients_of = make_gradients(model, mesh, accumulate=accumulate, rules=rules, **options)
     graphdef, vocab_size = nnx.graphdef(model), model.config.vocab_size
 
-    def look(params: nnx.State, batch: Batch, position: Array) -> dict[str, dict[str, Array]]:
+    def look(params: nnx.State, batch: Batch, position: ArrayLike) -> dict[str, dict[str, Array]]:
         key = dropout_key(seed, position)
 
         def sentences(part_and_key: tuple[Batch, Array]) -> Array:

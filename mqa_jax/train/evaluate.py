@@ -1,7 +1,7 @@
 """The figures of the validation split."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.search import greedy
+from mqa_jax.model.transformer import Model
 from mqa_jax.train.metrics import bleu, exact_match
 from mqa_jax.train.processes import put_batch, row_share
 from mqa_jax.train.step import Metrics, make_eval_step, mean_metrics
@@ -28,12 +29,12 @@ def add_up(sums: Sequence[Metrics]) -> dict[str, np.float64]:
 
 def make_evaluate(
     config: ConfigDict,
-    model: nnx.Module,
+    model: Model,
     tokenizer: Tokenizer,
     data: Path,
     mesh: Mesh,
     manifest: Manifest | None = None,
-):
+) -> Callable[[nnx.State, Callable[[str], None]], dict[str, float]]:
     """A function of parameters to the figures of the validation split.
 
     With several processes the first one alone decodes, with a copy of the weights of its own.
@@ -62,7 +63,7 @@ def make_evaluate(
     index, count = row_share(mesh, settings.batch_size)
     replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def evaluate(params: nnx.State, print_line) -> dict[str, float]:
+    def evaluate(params: nnx.State, print_line: Callable[[str], None]) -> dict[str, float]:
         sums = []
         for batch in loader.eval_batches(
             data,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from mqa_jax.train.step import Batch
 class NoLog:
     """What all processes but the first have for a log."""
 
-    def print(self, *_, **__) -> None: ...
+    def print(self, *_: Any, **__: Any) -> None: ...
 
     write = close = print
 
@@ -48,7 +49,7 @@ class Meter:
 
     def restart(self) -> None:
         self._started = time.perf_counter()
-        self._seen = []
+        self._seen: list[Mapping[str, Any]] = []
 
     def add(
         self, step: int, metrics: Mapping[str, jax.Array], batch: Batch, params: nnx.State

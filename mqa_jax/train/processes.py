@@ -25,8 +25,8 @@ def initialize(peer_timeout: int) -> None:
     """
     count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     jax.distributed.initialize(
-        num_processes=count and int(count),
-        process_id=index and int(index),
+        num_processes=int(count) if count else None,
+        process_id=int(index) if index else None,
         heartbeat_timeout_seconds=peer_timeout,
         shutdown_timeout_seconds=peer_timeout,
     )
@@ -49,7 +49,7 @@ def row_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """
     sharding = NamedSharding(mesh, PartitionSpec(ShardingRules().B))
     rows = sharding.addressable_devices_indices_map((batch_size,)).values()
-    starts, stops, _ = zip(*(row.indices(batch_size) for (row,) in rows), strict=True)
+    starts, stops, _ = zip(*(row[0].indices(batch_size) for row in rows if row), strict=True)
     size = max(stops) - min(starts)
     return min(starts) // size, batch_size // size
 
@@ -68,7 +68,7 @@ class Stop:
     on one between two of its own instructions, which while XLA compiles is minutes later.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._is_one_of_many = jax.process_count() > 1
         self._is_asked = False
         reading, writing = os.pipe()

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mqa_jax.model.transformer import EncoderDecoder, build_model
+from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder, Model, build_model
 from mqa_jax.train.diagnose import make_diagnosis
 from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
 from mqa_jax.train.state import TrainState, abstract_state, init_state
@@ -18,7 +18,7 @@ from mqa_jax.train.step import Batch, make_train_step
 
 def set_up(
     config: Any, mesh: Mesh, *, is_abstract: bool = False
-) -> tuple[nnx.Module, TrainState, Callable[[TrainState, Batch], tuple], optax.Schedule]:
+) -> tuple[Model, TrainState, jax.stages.Wrapped, optax.Schedule]:
     """What a config file trains, for train.py to run and for `compile_only` to compile.
 
     Args:
@@ -46,7 +46,7 @@ def set_up(
     return model, state, train_step, schedule
 
 
-def diagnosis(config: Any, model: nnx.Module, mesh: Mesh) -> Callable[[nnx.State, Batch, int], str]:
+def diagnosis(config: Any, model: Model, mesh: Mesh) -> Callable[[nnx.State, Batch, int], str]:
     """What says why a step of `set_up` was skipped; see `make_diagnosis`."""
     return make_diagnosis(model, mesh, **_step_options(config))
 
@@ -56,7 +56,7 @@ def _step_options(config: Any) -> dict[str, Any]:
     return {name: config.train[name] for name in names}
 
 
-def train_flops(model: nnx.Module, rows: int, source_length: int, target_length: int) -> int:
+def train_flops(model: Model, rows: int, source_length: int, target_length: int) -> int:
     """Floating-point operations of a train step that the model itself asks for.
 
     Two a weight and token forward, and four a query head, head dim and pair of positions in
@@ -73,7 +73,9 @@ def train_flops(model: nnx.Module, rows: int, source_length: int, target_length:
     config, decoder = model.config, model.decoder.layers[0]
     pairs = targets * targets
     # Weights that are multiplied with, and how many tokens each.
-    products = [(getattr(model, "softmax", model.embedding), targets)]
+    products: list[tuple[nnx.Module, int]] = [
+        (model.softmax if isinstance(model, DecoderOnly) else model.embedding, targets)
+    ]
     products += [(decoder.attention, targets), (decoder.feed_forward, targets)] * config.num_layers
     if isinstance(model, EncoderDecoder):
         encoder, cross = model.encoder_layers[0], decoder.cross_attention

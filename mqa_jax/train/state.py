@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.sharding import ShardingRules, on_mesh
+from mqa_jax.model.transformer import Model
 
 # JAX's keys, and Grain's shuffles, are made from 32 bits: of a larger one they would drop some.
 MAX_SEED = 2**32 - 1
@@ -35,18 +37,20 @@ class TrainState:
 
 
 def abstract_state(
-    build: Callable[..., nnx.Module],
+    build: Callable[..., Model],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     rules: ShardingRules | None = None,
-) -> tuple[nnx.Module, TrainState]:
+) -> tuple[Model, TrainState]:
     """As `init_state`, with shapes and shardings in place of arrays: allocates nothing."""
     rules = rules or ShardingRules()
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
     params = nnx.state(model)
     shardings = nnx.as_pure(rules.params(mesh, params))
     params = nnx.as_pure(params)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    # Any, as shapes and shardings stand in a state's tree where its arrays do.
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
 
     def like_its_param(moment: Array, param: Array, sharding: NamedSharding) -> NamedSharding:
         # Adafactor's factored moments have other shapes than their weights, and are small.
@@ -61,7 +65,7 @@ def abstract_state(
         shardings,
         transform_non_params=lambda _: replicated,
     )
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    state = TrainState(step, params, opt_state)
     return model, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
@@ -70,12 +74,12 @@ def abstract_state(
 
 
 def init_state(
-    build: Callable[..., nnx.Module],
+    build: Callable[..., Model],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     seed: int,
     rules: ShardingRules | None = None,
-) -> tuple[nnx.Module, TrainState]:
+) -> tuple[Model, TrainState]:
     """The state before the first step, each array where the rules put it.
 
     Args:

@@ -13,11 +13,12 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID
-from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
+from mqa_jax.model.transformer import DecoderOnly, Model
 from mqa_jax.train.optimizer import at_step, wide
 from mqa_jax.train.state import MAX_SEED, TrainState
 
@@ -68,7 +69,7 @@ def segments(tokens_BT: Array) -> tuple[Array, Array]:
     return jnp.where(is_token_BT, segment_ids_BT, 0), jnp.where(is_token_BT, index_T - first_BT, 0)
 
 
-def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | None) -> Array:
+def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None) -> Array:
     """Logits `[B, T, V]` of a batch.
 
     Args:
@@ -95,7 +96,7 @@ def apply(model: EncoderDecoder | DecoderOnly, batch: Batch, rngs: nnx.Rngs | No
     )
 
 
-def dropout_key(seed: int, step: Array) -> Array:
+def dropout_key(seed: int, step: ArrayLike) -> Array:
     """From which the dropout masks of a step are drawn."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
@@ -119,7 +120,7 @@ def in_parts(batch: Batch, parts: int) -> Batch:
 
 
 def make_gradients(
-    model: nnx.Module,
+    model: Model,
     mesh: Mesh,
     *,
     label_smoothing: float = 0.0,
@@ -133,7 +134,7 @@ def make_gradients(
     """
     graphdef = nnx.graphdef(model)
 
-    def loss_fn(params: nnx.State, batch: Batch, key: Array):
+    def loss_fn(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         with on_mesh(mesh, rules or ShardingRules()):
             logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
         loss_BT, nll_BT = cross_entropy(
@@ -142,13 +143,15 @@ def make_gradients(
         sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
         return sums["loss"], sums
 
-    def gradients_and_sums(params: nnx.State, batch: Batch, key: Array):
+    def gradients_and_sums(
+        params: nnx.State, batch: Batch, key: Array
+    ) -> tuple[nnx.State, Metrics]:
         """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
         gradient = jax.grad(loss_fn, has_aux=True)
         if accumulate == 1:
             return gradient(params, batch, key)
 
-        def add(total, part_and_key):
+        def add(total: Any, part_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
             gradients = gradient(params, *part_and_key)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), None
 
@@ -164,7 +167,7 @@ def make_gradients(
 
 
 def make_train_step(
-    model: nnx.Module,
+    model: Model,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     *,
@@ -173,7 +176,7 @@ def make_train_step(
     z_loss: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted update; the state handed in is donated.
 
     Dropout masks follow from `seed` and the step alone, so that a resumed run draws the same ones.
@@ -197,16 +200,22 @@ def make_train_step(
       (target tokens) and `skipped` (1 for an update that was skipped, else 0).
 
     Raises:
-      ValueError: a number out of its range, or (of the function returned) a batch that
-        `accumulate` does not divide.
+      ValueError: a number out of its range, a state that is on no mesh, or (of the function
+        returned) a batch that `accumulate` does not divide.
     """
     check_integer("seed", seed, least=0, most=MAX_SEED)
     check_integer("accumulate", accumulate)
     check_number("label_smoothing", label_smoothing, least=0, below=1)
     check_number("z_loss", z_loss, least=0)
+    mesh = getattr(state.step.sharding, "mesh", None)
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            "the state must lie on a mesh, as init_state makes it; its step lies on "
+            f"{state.step.sharding}"
+        )
     gradients_and_sums = make_gradients(
         model,
-        state.step.sharding.mesh,
+        mesh,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         accumulate=accumulate,
@@ -246,7 +255,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nnx.Module, mesh: Mesh, rules: ShardingRules | None = None
+    model: Model, mesh: Mesh, rules: ShardingRules | None = None
 ) -> Callable[[nnx.State, Batch], Metrics]:
     """A jitted function of parameters and batch to sums over tokens, for `mean_metrics`.
 

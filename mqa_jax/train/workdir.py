@@ -28,7 +28,7 @@ from mqa_jax.core.paths import local_path, read_json
 from mqa_jax.data.manifest import TOKENIZER, Manifest
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.model.config import TransformerConfig
-from mqa_jax.model.transformer import build_model
+from mqa_jax.model.transformer import Model, build_model
 from mqa_jax.train.checkpoint import RUN, Checkpoints
 
 CONFIG = "config.json"
@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     tokenizer: Tokenizer
-    model: nnx.Module
+    model: Model
     params: nnx.State
 
 
