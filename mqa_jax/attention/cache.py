@@ -33,7 +33,9 @@ class KVCache:
     value: Array
     length: Array
 
-    def append(self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array):
+    def append(
+        self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
+    ) -> tuple["KVCache", Array, Array, Array, Array]:
         """Writes the first `lengths_B[b]` of `T` tokens of row `b` behind those it holds.
 
         Returns:
@@ -99,7 +101,9 @@ class BeamCache:
     lane: Array
     length: Array
 
-    def append(self, key_BbKH: Array, value_BbKH: Array):
+    def append(
+        self, key_BbKH: Array, value_BbKH: Array
+    ) -> tuple["BeamCache", Array, Array, Array, Array]:
         """Writes one token for each hypothesis.
 
         Returns:
@@ -166,7 +170,9 @@ class RingCache:
     value: Array
     length: Array
 
-    def append(self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array):
+    def append(
+        self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
+    ) -> tuple["RingCache", Array, Array, Array, Array]:
         """As `KVCache.append`; there is always room, since the oldest tokens make way."""
         window = self.key.shape[2]
         new_length_B = self.length + lengths_B
@@ -212,7 +218,9 @@ class CrossCache:
     mask: Array
 
 
-def _write(cache, key_BTKH: Array, value_BTKH: Array, slot_BT: Array, length_B: Array):
+def _write[Cache: (KVCache, RingCache)](
+    cache: Cache, key_BTKH: Array, value_BTKH: Array, slot_BT: Array, length_B: Array
+) -> Cache:
     """`cache` with tokens put into their slots; a slot past the end means: do not write."""
     rows_B1 = jnp.arange(slot_BT.shape[0])[:, None]
 

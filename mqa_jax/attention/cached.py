@@ -44,7 +44,7 @@ def attend_to_cache(
     """
     if not is_supported(query_BTNH, key_BKSH):
         return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
-    return _choose(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM)
+    return _compiled(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM)
 
 
 def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
@@ -57,32 +57,54 @@ def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
     )
 
 
-# Outside of a program each operation would be one of its own, lowered for the platform that JAX
-# prefers and not for the one that the arrays are on.
-@functools.partial(jax.jit, static_argnums=5)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _choose(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, platform: str) -> Array:
+def _choose(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask_B1TS: Array,
+    end_B: Array | None,
+    platform: str,
+) -> Array:
     arrays = query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B
     return lax.platform_dependent(*arrays, default=_plain, **{platform: _kernel})
 
 
-@_choose.__wrapped__.defjvp
-def _choose_jvp(platform: str, primals, tangents):
+@_choose.defjvp
+def _choose_jvp(platform: str, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return jax.jvp(_plain, primals, tangents)
 
 
-def _plain(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B=None) -> Array:
+# Outside of a program each operation would be one of its own, lowered for the platform that JAX
+# prefers and not for the one that the arrays are on.
+_compiled = jax.jit(_choose, static_argnums=5)
+
+
+def _plain(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask_B1TS: Array,
+    end_B: Array | None = None,
+) -> Array:
     return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
 
 
-def _kernel(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B=None) -> Array:
+def _kernel(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask_B1TS: Array,
+    end_B: Array | None = None,
+) -> Array:
     """The primitive, on each device of a mesh its own part."""
     arrays = [query_BTNH, key_BKSH, value_BKSH, mask_B1TS]
     arrays += [] if end_B is None else [end_B]
     mesh = _mesh(arrays)
     if mesh is None:
         return flash_decode_p.bind(*arrays)
-    batch, heads, kv_heads = decode_axes(mesh, *query_BTNH.shape[::2], key_BKSH.shape[1])
+    rows, _, num_heads, _ = query_BTNH.shape
+    batch, heads, kv_heads = decode_axes(mesh, rows, num_heads, key_BKSH.shape[1])
     query, key = P(batch, None, heads, None), P(batch, kv_heads, None, None)
     mapped = jax.shard_map(
         flash_decode_p.bind,
@@ -121,7 +143,7 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any) -> Any:
 
 def _is_for_one_device(ctx: mlir.LoweringRuleContext) -> bool:
     devices = ctx.module_context.axis_context
-    if hasattr(devices, "manual_axes"):
+    if isinstance(devices, mlir.SPMDAxisContext):
         return set(devices.manual_axes) == set(devices.mesh.axis_names)
     return devices.num_devices == 1
 
@@ -140,7 +162,13 @@ def _compiles() -> bool:
 mlir.register_lowering(flash_decode_p, _lower)
 
 
-def _local_kernel(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B=None) -> Array:
+def _local_kernel(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask_B1TS: Array,
+    end_B: Array | None = None,
+) -> Array:
     from mqa_jax.attention.kernels import gpu  # Pallas takes its time to import.
 
     return gpu.flash_decode(

@@ -37,7 +37,7 @@ def dot_product_attention(
     mask: ArrayLike | None = None,
     is_causal: bool = False,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
 ) -> Array:
     """Scaled dot-product attention in which `N / K` query heads share each key/value head.
 
@@ -195,16 +195,16 @@ def attend_finite(
             x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0
         )
 
-    has_query_axis = mask is not None and mask.shape[2] > 1
+    block_masks = None if mask is None or mask.shape[2] == 1 else split(mask, 2)
 
     @jax.checkpoint  # Backward computes the logits of a block again, else it would keep them all.
     def attend(block: tuple[Array, Array | None]) -> Array:
         query, block_mask = block
-        if not has_query_axis:
+        if block_mask is None:  # All queries have the same, if any.
             block_mask = mask
         return _attend_block(query, key_BKSH, value_BKSH, block_mask, scale, None, hides_finite)
 
-    output = lax.map(attend, (split(query_BTNH, 1), split(mask, 2) if has_query_axis else None))
+    output = lax.map(attend, (split(query_BTNH, 1), block_masks))
     return jnp.moveaxis(output, 0, 1).reshape(query_BTNH.shape[0], -1, *query_BTNH.shape[2:])[
         :, :length
     ]

@@ -135,7 +135,7 @@ class Attention(nnx.Module):
         """
         x_BTD = source_BSD = self._check_input("x_BTD", x_BTD)
         is_cross = memory_BSD is not None
-        if is_cross:
+        if memory_BSD is not None:
             source_BSD = self._check_input("memory_BSD", memory_BSD, batch=x_BTD.shape[0])
             if is_causal or self.window is not None:
                 raise ValueError(
@@ -261,16 +261,16 @@ class Attention(nnx.Module):
         key_BTKH = self._project(x_BTD, self.key)
         value_BTKH = self._project(x_BTD, self.value)
         query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
-        cache, key_BKSH, value_BKSH, key_positions_BS, overflow_B = cache.append(
+        new_cache, key_BKSH, value_BKSH, key_positions_BS, overflow_B = cache.append(
             key_BTKH, value_BTKH, lengths_B
         )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
         # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
-        end_B = jnp.minimum(cache.length, key_BKSH.shape[2]) if length == 1 else None
+        end_B = jnp.minimum(new_cache.length, key_BKSH.shape[2]) if length == 1 else None
         output_BTNH = attend_to_cache(query_BTNH, key_BKSH, value_BKSH, mask, end_B)
         is_lost_B |= overflow_B
         output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
-        return self._output(output_BTNH), cache
+        return self._output(output_BTNH), cast(AnySelfCache, new_cache)
 
     def _decode_beams(self, x_R1D: Array, cache: BeamCache) -> tuple[Array, BeamCache]:
         """All hypotheses of a batch element ask all of its keys at once, each seeing its own."""

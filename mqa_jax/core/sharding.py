@@ -59,8 +59,10 @@ def over_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def batch_axes(mesh: AbstractMesh, batch: int) -> tuple[str, ...] | None:
+def batch_axes(mesh: Mesh | AbstractMesh | None, batch: int) -> tuple[str, ...] | None:
     """The axes that rows with no place of their own yet are split over, where they divide them."""
+    if mesh is None:
+        return None
     placement = _placement.get()
     rules = ShardingRules() if placement is None else placement[1]
     names = tuple(name for name in rules.B if name in mesh.axis_names)

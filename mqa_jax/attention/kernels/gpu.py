@@ -11,6 +11,7 @@ Array letters:
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,21 +146,21 @@ def _splits(heads: int, slots: int) -> int:
 
 
 def _kernel(
-    query_ref,  # [R, H], padded to a power of two, as are the outputs
-    key_ref,  # [S, H]
-    value_ref,  # [S, H]
-    end_ref,  # [], no slot from here on is seen
-    mask_ref,  # [T, S] int8, or None
-    output_ref,  # [R, H]
-    largest_ref,  # [R]
-    total_ref,  # [R]
+    query_ref: Any,  # [R, H], padded to a power of two, as are the outputs
+    key_ref: Any,  # [S, H]
+    value_ref: Any,  # [S, H]
+    end_ref: Any,  # [], no slot from here on is seen
+    mask_ref: Any,  # [T, S] int8, or None
+    output_ref: Any,  # [R, H]
+    largest_ref: Any,  # [R]
+    total_ref: Any,  # [R]
     *,
     scale: float,
     block: int,
     split_slots: int,
     slots: int,
     rows: int,
-):
+) -> None:
     padded, head_dim = query_ref.shape
     row_R = jnp.arange(padded)
     is_row_R = row_R < rows
@@ -168,7 +169,9 @@ def _kernel(
     first = pl.program_id(2) * split_slots
     end = jnp.minimum(end_ref[()], first + split_slots)
 
-    def attend(i, carry, *, is_careful: bool):
+    def attend(
+        i: Array, carry: tuple[Array, Array, Array], *, is_careful: bool
+    ) -> tuple[Array, Array, Array]:
         output_RH, largest_R, total_R = carry
         start = first + i * block
         at = pl.ds(start, block)
