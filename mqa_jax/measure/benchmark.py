@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
@@ -27,7 +28,6 @@ from jax import Array, lax
 
 from mqa_jax.core.checks import check_integer
 from mqa_jax.decode.beam import beam_search, expand, reorder
-from mqa_jax.decode.generate import Model
 from mqa_jax.decode.search import greedy
 from mqa_jax.measure.cost import BEAM_SIZE, SEARCHES, Cost
 from mqa_jax.measure.roofline import (
@@ -42,7 +42,7 @@ from mqa_jax.measure.roofline import (
 )
 from mqa_jax.measure.timing import milliseconds, timed
 from mqa_jax.model.config import TransformerConfig
-from mqa_jax.model.transformer import EncoderDecoder
+from mqa_jax.model.transformer import EncoderDecoder, Model
 
 # What a call costs once is spread over so many steps; a short context has room for fewer.
 STEPS = 32
@@ -80,9 +80,8 @@ def sweep(
     sizes = _check(models, batch_sizes, context_lengths, dtypes, searches, repeats)
     longest = max(context_length for _, context_length in sizes)
     plans = []
-    for dtype, (variant, (model_type, config)) in itertools.product(
-        dtypes or [None], models.items()
-    ):
+    names: Sequence[str | None] = dtypes or [None]
+    for dtype, (variant, (model_type, config)) in itertools.product(names, models.items()):
         dtype = dtype or config.dtype
         max_length = max(config.max_length, longest)
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, max_length=max_length)
@@ -107,7 +106,12 @@ def sweep(
 
 
 def _check(
-    models, batch_sizes, context_lengths, dtypes, searches, repeats
+    models: Mapping[str, Any],
+    batch_sizes: Sequence[int],
+    context_lengths: Sequence[int],
+    dtypes: Sequence[str],
+    searches: Sequence[str],
+    repeats: int,
 ) -> list[tuple[int, int]]:
     """Every batch size with every context length."""
     if not (models and batch_sizes and context_lengths and searches):
@@ -186,7 +190,9 @@ class _Bench:
         self.tokens_B = jnp.zeros(batch, jnp.int32)
         self.tokens_BC = jnp.zeros((batch, context_length), jnp.int32)
         self.cache = model.init_cache(batch, context_length)
-        self.context = ()  # of a translation model (cross caches,): what `decode` takes besides
+        self.context: tuple[
+            Any, ...
+        ] = ()  # of a translation model (cross caches,): what `decode` takes besides
         self.encode_ms = self._encode() if isinstance(model, EncoderDecoder) else None
         self.prefill_ms = self._prefill()
         self.shared_compile_seconds = self.compile_seconds
@@ -237,11 +243,11 @@ class _Bench:
         )
 
     def _encode(self) -> float:
-        encode = self._compile(
-            lambda params, tokens_BC: self._merge(params).init_cross_cache(tokens_BC),
-            self.params,
-            self.tokens_BC,
-        )
+        def init_cross_cache(params: list[Array], tokens_BC: Array) -> Any:
+            model = self._merge(params)
+            return model.init_cross_cache(tokens_BC) if isinstance(model, EncoderDecoder) else ()
+
+        encode = self._compile(init_cross_cache, self.params, self.tokens_BC)
 
         def run() -> float:
             self.context = ()
@@ -252,7 +258,9 @@ class _Bench:
         return statistics.median(milliseconds(run, self.repeats, once_if_long=True))
 
     def _prefill(self) -> float:
-        def prefill(params, tokens_BC: Array, cache, context):
+        def prefill(
+            params: list[Array], tokens_BC: Array, cache: Any, context: tuple[Any, ...]
+        ) -> Any:
             return self._merge(params).prefill(tokens_BC, cache, *context)[1]
 
         program = self._compile(
@@ -269,7 +277,9 @@ class _Bench:
     def _greedy(self) -> tuple[int, list[float]]:
         """The number of steps, and the milliseconds of one in each run."""
 
-        def decode(params, cache, context, tokens_B: Array):
+        def decode(
+            params: list[Array], cache: Any, context: tuple[Any, ...], tokens_B: Array
+        ) -> tuple[Array, Any]:
             step_fn = self._step_fn(params, context)
             decoded = greedy(step_fn, cache, tokens_B, max_new_tokens=self.steps)
             return decoded.tokens, decoded.cache
@@ -290,7 +300,9 @@ class _Bench:
     def _alone(self) -> float:
         """The milliseconds of a greedy step that Python calls, one after the other."""
 
-        def step(params, cache, context, tokens_B: Array):
+        def step(
+            params: list[Array], cache: Any, context: tuple[Any, ...], tokens_B: Array
+        ) -> tuple[Array, Any]:
             logits_BV, cache = self._step_fn(params, context)(tokens_B, cache)
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
@@ -314,7 +326,9 @@ class _Bench:
         """As `_greedy`, and the milliseconds that reordering takes of a step."""
         cache, steps = _with_length(self.cache, self.context_length - self.steps), None
 
-        def decode(params, cache, context, tokens_B: Array):
+        def decode(
+            params: list[Array], cache: Any, context: tuple[Any, ...], tokens_B: Array
+        ) -> tuple[Array, Any]:
             step_fn = self._step_fn(params, context)
             decoded = beam_search(
                 step_fn,
@@ -364,14 +378,16 @@ class _Bench:
     def _merge(self, params: list[Array]) -> Model:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, params))
 
-    def _step_fn(self, params: list[Array], context) -> Callable:
+    def _step_fn(self, params: list[Array], context: tuple[Any, ...]) -> Callable:
         model = self._merge(params)
         return lambda tokens_R, cache: model.decode(tokens_R, cache, *context)
 
-    def _compile(self, function: Callable, *args, donate: int | None = None):
+    def _compile(
+        self, function: Callable, *args: Any, donate: int | None = None
+    ) -> jax.stages.Compiled:
         start = time.perf_counter()
-        program = jax.jit(function, donate_argnums=() if donate is None else donate)
-        program = program.lower(*args).compile()
+        jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
+        program = jitted.lower(*args).compile()
         self.compile_seconds += time.perf_counter() - start
         return program
 

@@ -11,11 +11,13 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import operator
 import os
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from flax import nnx
 from jax import Array
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from mqa_jax.core.devices import PEAK_TFLOP_PER_S
@@ -132,11 +135,12 @@ def find_topology(name: str) -> Topology:
             f"topology {name!r} is not known ({error}); these are, and others like them: "
             f"{TOPOLOGIES}"
         ) from None
-    chips = len({tuple(device.coords) for device in devices})
+    # The cores of a chip have the coordinates of the chip, which only TPUs have.
+    chips = len({tuple(coords) for coords in map(operator.attrgetter("coords"), devices)})
     return Topology(name, devices, CHIPS[generation], chips)
 
 
-def device_bytes(tree) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes on one device of a tree of (abstract) arrays, by their shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
@@ -201,7 +205,9 @@ def report(
         )
         return False
     print(f"took {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    stats, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    if stats is None or costs is None or text is None:
+        raise RuntimeError(f"the compiler for {topology.name} tells nothing of what it has made")
     total = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -215,7 +221,7 @@ def report(
     _print_memory(memory | {"all": total})
     print(f"  {'there are':18}{_size(device.memory):>12}")
 
-    program = Program(compiled.as_text())
+    program = Program(text)
     flops, num_bytes = costs["flops"], costs["bytes accessed"]
     print(
         f"{1e-9 * flops:.4g} GFLOP a device: {1e-9 * flops / device.tflop_per_s:.3g} ms at the "
@@ -320,9 +326,10 @@ def decode(
       As `train`.
     """
     topology, rules = find_topology(topology_name), ShardingRules()
+    names: Sequence[str | None] = dtypes or [None]
     fits = True
     for dtype, (variant, config), batch, context_length in itertools.product(
-        dtypes or [None], configs.items(), batch_sizes, context_lengths
+        names, configs.items(), batch_sizes, context_lengths
     ):
         mesh = make_mesh(**config.mesh, devices=topology.devices)
         size = TransformerConfig(**config.model)
@@ -343,18 +350,20 @@ def decode(
         tokens_B = _abstract(mesh, "B", (batch,), jnp.int32)
         context = (cross,) if cross else ()
 
-        def step(params, cache, context, tokens_B: Array):
+        def step(
+            params: nnx.State, cache: Any, context: tuple[Any, ...], tokens_B: Array
+        ) -> tuple[Array, Any]:
             logits_BV, cache = nnx.merge(graphdef, params).decode(tokens_B, cache, *context)  # noqa: B023
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
         shardings = jax.tree.map(lambda x: x.sharding, (tokens_B, cache))
         # The encoder's weights are not used, but they are there.
-        step = jax.jit(step, donate_argnums=1, out_shardings=shardings, keep_unused=True)
+        compiled = jax.jit(step, donate_argnums=1, out_shardings=shardings, keep_unused=True)
         fits &= report(
             f"{variant}, a decode step in {size.dtype}, batch {batch}, context {context_length}",
             topology,
             mesh,
-            step.lower(params, cache, context, tokens_B),
+            compiled.lower(params, cache, context, tokens_B),
             {"parameters": params, "cache": cache, "cross-attention": cross, "batch": tokens_B},
             "smaller --batch_sizes or --context_lengths, a larger topology, a variant with fewer "
             "key/value heads; --config.mesh.tensor splits parameters",
@@ -363,7 +372,9 @@ def decode(
     return 0 if fits else 1
 
 
-def _abstract(mesh: Mesh, axes: str, shape: Sequence[int], dtype) -> jax.ShapeDtypeStruct:
+def _abstract(
+    mesh: Mesh, axes: str, shape: Sequence[int], dtype: DTypeLike
+) -> jax.ShapeDtypeStruct:
     sharding = ShardingRules().sharding(mesh, axes, shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 

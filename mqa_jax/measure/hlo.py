@@ -48,8 +48,12 @@ class Program:
     """
 
     def __init__(self, hlo: str):
-        self.instructions, self.looped, self.fused = [], set(), set()
-        called, waiting, computation = collections.defaultdict(list), [], ""
+        self.instructions: list[tuple[str, str]] = []
+        self.looped: set[str] = set()
+        self.fused: set[str] = set()
+        called: dict[str, list[str]] = collections.defaultdict(list)
+        waiting: list[str] = []
+        computation = ""
         for line in hlo.splitlines():
             if match := _COMPUTATION.match(line):
                 computation = match[1]
@@ -69,7 +73,8 @@ class Program:
 
     def collectives(self, device_count: int) -> list[Collectives]:
         """The collectives of a program for so many devices, the most bytes first."""
-        sizes, seen = collections.defaultdict(list), set()
+        sizes: dict[tuple[str, int, bool], list[int]] = collections.defaultdict(list)
+        seen: set[str] = set()
         for computation, line in self.instructions:
             if not (match := _COLLECTIVE.match(line)):
                 continue
@@ -109,7 +114,7 @@ class Program:
 
 def _nbytes(array: tuple[str, str]) -> int:
     name, shape = array
-    bits = 8 if name == "pred" else int(re.search(r"\d+", name)[0])
+    bits = 8 if name == "pred" else int(re.findall(r"\d+", name)[0])
     return math.prod(int(size) for size in shape.split(",") if size) * bits // 8
 
 

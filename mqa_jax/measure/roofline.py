@@ -11,18 +11,19 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from mqa_jax.attention.functional import QUERY_BLOCK
 from mqa_jax.decode.beam import expand
-from mqa_jax.decode.generate import Model
 from mqa_jax.measure.timing import milliseconds, timed
-from mqa_jax.model.transformer import EncoderDecoder
+from mqa_jax.model.transformer import EncoderDecoder, Model
 
 # Much more than any cache holds, yet read in a blink.
 PROBE_BYTES = 2e9
@@ -69,7 +70,7 @@ def probe(dtype: str) -> Roofline:
     return Roofline(gb_per_s, gflop_per_s)
 
 
-def _best_seconds(function, *args, runs: int) -> float:
+def _best_seconds(function: Callable, *args: Any, runs: int) -> float:
     program = jax.jit(function).lower(*args).compile()
     # Some calls in a row, so that starting them does not count.
     several = lambda: [program(*args) for _ in range(PROBE_CALLS)]  # noqa: E731
@@ -141,7 +142,7 @@ def abstract_caches(model: Model, batch: int, context_length: int) -> tuple[Any,
     (else `()`)."""
     graphdef, params = nnx.split(model)
 
-    def caches(params, source_BC):
+    def caches(params: nnx.State, source_BC: Array) -> tuple[Any, Any]:
         model = nnx.merge(graphdef, params)
         cross = model.init_cross_cache(source_BC) if isinstance(model, EncoderDecoder) else ()
         return model.init_cache(batch, context_length), cross
@@ -150,7 +151,7 @@ def abstract_caches(model: Model, batch: int, context_length: int) -> tuple[Any,
     return jax.eval_shape(caches, params, source_BC)
 
 
-def expanded(cache, beam_size: int):
+def expanded(cache: Any, beam_size: int) -> Any:
     """Shapes of the caches of a beam search that starts from `cache`."""
     return jax.eval_shape(functools.partial(expand, beam_size=beam_size), cache)
 
@@ -175,12 +176,12 @@ def weight_bytes(model: Model) -> int:
     return sum(_nbytes(x) for x in step_weights(model))
 
 
-def kv_bytes(caches) -> int:
+def kv_bytes(caches: Any) -> int:
     """Bytes of the keys and values in a tree of caches."""
     return sum(_nbytes(x) for cache in _caches(caches) for x in (cache.key, cache.value))
 
 
-def step_flops(model: Model, caches, rows: int) -> int:
+def step_flops(model: Model, caches: Any, rows: int) -> int:
     """Floating-point operations of a decode step: of the products with weights, two a weight and
     row; of attention, four a query head, slot, head dim and row. Norms and softmax do not count.
 
@@ -197,10 +198,10 @@ def step_flops(model: Model, caches, rows: int) -> int:
     return rows * (products + attention)
 
 
-def _caches(tree) -> list:
+def _caches(tree: Any) -> list:
     is_cache = lambda node: hasattr(node, "key") and hasattr(node, "value")  # noqa: E731
     return jax.tree.leaves(tree, is_leaf=is_cache)
 
 
-def _nbytes(x) -> int:
+def _nbytes(x: Array | jax.ShapeDtypeStruct) -> int:
     return x.size * x.dtype.itemsize  # an abstract array has no nbytes

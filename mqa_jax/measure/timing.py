@@ -22,9 +22,9 @@ def no_compilation() -> Iterator[None]:
     """
     programs = []
 
-    def listen(event: str, seconds: float, **metadata) -> None:
+    def listen(event: str, duration_secs: float, **metadata: str | int) -> None:
         if event == COMPILE_EVENT:
-            programs.append(metadata.get("fun_name", "a program"))
+            programs.append(str(metadata.get("fun_name", "a program")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -37,7 +37,7 @@ def no_compilation() -> Iterator[None]:
         )
 
 
-def timed(program: Callable, *args) -> tuple[float, Any]:
+def timed(program: Callable, *args: Any) -> tuple[float, Any]:
     """The seconds of one call, and what it returned."""
     start = time.perf_counter()
     output = jax.block_until_ready(program(*args))
