@@ -154,6 +154,13 @@ def test_parts_that_do_not_divide_a_batch():
         step(state, put(random_batch()))
 
 
+def test_a_state_on_no_mesh():
+    model, state = begin("language_model", GRADIENT_DESCENT)
+    state = dataclasses.replace(state, step=jnp.int32(0))
+    with pytest.raises(ValueError, match="the state must lie on a mesh, as init_state makes it"):
+        make_train_step(model, GRADIENT_DESCENT, state, seed=0)
+
+
 @both_tasks
 def test_rematerialization_saves_memory_and_changes_nothing(task):
     batch, results, memory, remats = put(random_batch()), [], [], []

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -71,7 +72,8 @@ def functions(query_BTNH: Array, key_BSKH: Array, positions_BT: Array) -> Array:
     mask: Array = causal_mask(positions_BT, positions_BT, window=32)
     mask = mask & segment_mask(positions_BT, positions_BT)
     local = dot_product_attention(query_BTNH, key_BSKH, key_BSKH, window=32, scale=0.5)
-    return local + dot_product_attention(query_BTNH, key_BSKH, key_BSKH, mask=mask)
+    scale = jnp.float32(0.5)  # A number that is learnt, perhaps.
+    return local + dot_product_attention(query_BTNH, key_BSKH, key_BSKH, mask=mask, scale=scale)
 
 
 def own_model(weight_VD: Array) -> list[Decoded]:
@@ -83,6 +85,9 @@ def own_model(weight_VD: Array) -> list[Decoded]:
         greedy(step, cache, tokens_B, max_new_tokens=5),
         sample(step, cache, tokens_B, key=jax.random.key(0), max_new_tokens=5, top_p=0.9),
         beam_search(step, cache, tokens_B, beam_size=4, max_new_tokens=5, eos_id=1),
+        beam_search(
+            step, cache, tokens_B, beam_size=4, max_new_tokens=5, eos_id=[1, 2], alpha=cache[0]
+        ),
     ]
 
 
@@ -103,7 +108,7 @@ def models(ids_BT: Array) -> list[list[int]]:
     logits = translator(ids_BT, ids_BT)
     del logits
     generate = Generator(language_model, search=greedy, batch_size=2, bos_id=1)
-    return generate.tokens(nnx.state(language_model), [[1, 5], [1, 6, 7]])
+    return generate.tokens(nnx.state(language_model), [[1, 5], np.array([1, 6, 7])])
 
 
 def caches(cross: CrossCache) -> CrossCache:
