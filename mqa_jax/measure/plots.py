@@ -10,9 +10,15 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mqa_jax.measure.cost import BEAM_SIZE, Cost, in_digits
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
+    from matplotlib.figure import Figure
 
 # A variant looks the same in all pictures. Colours are of Okabe and Ito (2008), which the
 # colour-blind tell apart; its yellow is left out, being too pale for lines. Local variants have the
@@ -95,7 +101,10 @@ def look(variant: str) -> dict[str, Any]:
 
 
 def label_points(
-    axes, points: Iterable[tuple[float, float, str]], color: Sequence[str] | str, left: bool = False
+    axes: "Axes",
+    points: Iterable[tuple[float, float, str]],
+    color: Sequence[str] | str,
+    left: bool = False,
 ) -> None:
     """Writes beside each point (x, y, text), at the right or at the left, moved apart where two
     would meet. To be called when the limits of the axes are final.
@@ -147,7 +156,7 @@ def _kind(cost: Cost) -> tuple[str, str]:
     return f"beam {BEAM_SIZE}" if cost.search == "beam" else cost.search, cost.dtype
 
 
-def _panels(title: str, rows: int, columns: int, height: float = 3.4):
+def _panels(title: str, rows: int, columns: int, height: float = 3.4) -> tuple["Figure", Any]:
     """A figure, and its axes in rows and columns."""
     # Not pyplot, which would choose a display for the whole process.
     from matplotlib.figure import Figure
@@ -161,7 +170,9 @@ def _panels(title: str, rows: int, columns: int, height: float = 3.4):
     return figure, grid
 
 
-def _legend(figure, costs: Sequence[Cost], *more, title: str | None = None) -> None:
+def _legend(
+    figure: "Figure", costs: Sequence[Cost], *more: "Artist", title: str | None = None
+) -> None:
     """One for all panels: the variants, and what else there is."""
     from matplotlib.lines import Line2D
 
@@ -178,7 +189,7 @@ def _legend(figure, costs: Sequence[Cost], *more, title: str | None = None) -> N
     )
 
 
-def _lines(costs: Sequence[Cost], what: str, x_name: str, row_name: str):
+def _lines(costs: Sequence[Cost], what: str, x_name: str, row_name: str) -> "Figure | None":
     """Milliseconds of a step against batch or context length, both from 0 and linear, as the cost
     is: a line a variant, and from the fastest run to the slowest a band. None where it never
     varies."""
@@ -218,7 +229,7 @@ def _lines(costs: Sequence[Cost], what: str, x_name: str, row_name: str):
     return figure
 
 
-def _set_log(axis) -> None:
+def _set_log(axis: "XAxis | YAxis") -> None:
     """A logarithmic axis with plain numbers at 1, 2, 5, 10, 20, ..."""
     from matplotlib.ticker import LogLocator
 
@@ -228,7 +239,9 @@ def _set_log(axis) -> None:
     axis.set_minor_formatter("")
 
 
-def _roofline(costs: Sequence[Cost], what: str, behind: Mapping[str, Mapping[str, float]]):
+def _roofline(
+    costs: Sequence[Cost], what: str, behind: Mapping[str, Mapping[str, float]]
+) -> "Figure":
     """A point a row, above the line that reading alone would take; a dash below it where its
     arithmetic takes longer than that. A variant's rows are joined in order of what varies."""
     from matplotlib.lines import Line2D
@@ -298,7 +311,7 @@ def _roofline(costs: Sequence[Cost], what: str, behind: Mapping[str, Mapping[str
     return figure
 
 
-def _times_cheaper(costs: Sequence[Cost], what: str):
+def _times_cheaper(costs: Sequence[Cost], what: str) -> "Figure | None":
     """How many times as much multi_head costs, over batch and context length: a row of heat maps
     for each other variant. None where fewer than two sizes can be compared."""
     import numpy as np
