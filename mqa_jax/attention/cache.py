@@ -17,6 +17,10 @@ from jax import Array
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.explicit import automatic, partition, spec
 
+# The tokens of a row that was given more or fewer than there are, where `jax.jit` could raise no
+# error. Far enough below 0 to stay there: all that comes behind them is NaN.
+LOST = -(2**30)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,8 @@ class KVCache:
 
         Returns:
           the new cache; the keys and values to attend to, `[B, K, S, H]`; the position of each of
-          them, `[B, S]`; and bool `[B]`, the rows that had no room for all of theirs.
+          them, `[B, S]`; and bool `[B]`, the rows that had no room for all of theirs, or hold
+          `LOST` tokens.
 
         Raises:
           ValueError: a row has no room for its tokens. Under `jax.jit` lengths are not known, so
@@ -49,7 +54,8 @@ class KVCache:
         capacity = self.key.shape[2]
         new_length_B = self.length + lengths_B
         added = key_BTKH.shape[1]
-        if not isinstance(new_length_B, jax.core.Tracer) and jnp.max(new_length_B) > capacity:
+        is_known = not isinstance(new_length_B, jax.core.Tracer)
+        if is_known and jnp.max(new_length_B, initial=0) > capacity:
             row = int(jnp.argmax(new_length_B))
             raise ValueError(
                 f"row {row} of the cache would hold {int(new_length_B[row])} tokens, but it has "
@@ -61,12 +67,13 @@ class KVCache:
         )
         cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
         position_BS = jnp.arange(capacity)[None]
-        return cache, cache.key, cache.value, position_BS, new_length_B > capacity
+        is_lost_B = (self.length < 0) | (new_length_B > capacity)
+        return cache, cache.key, cache.value, position_BS, is_lost_B
 
     @automatic(lambda self, **_: _beam_spec(self))
     def expand(self, beam_size: int) -> "BeamCache":
         """The cache of a beam search: what is held so far is what all hypotheses begin with."""
-        check_integer("beam_size", beam_size)
+        beam_size = check_integer("beam_size", beam_size)
         batch, _, slots, _ = self.key.shape
 
         def with_lanes(x_BKSH: Array) -> Array:
@@ -108,20 +115,23 @@ class BeamCache:
 
         Returns:
           the new cache; the keys and values to attend to, `[B, K, b * S, H]`; which of them each
-          hypothesis may see, bool `[B, 1, b, b * S]`; and bool `[B, b]`, those without room.
+          hypothesis may see, bool `[B, 1, b, b * S]`; and bool `[B, b]`, those without
+          room, or of a row that holds `LOST` tokens.
 
         Raises:
           ValueError: as `KVCache.append`.
         """
         batch, num_kv_heads, beam_size, capacity, head_dim = self.key.shape
         length_R = self.length + 1
-        if not isinstance(length_R, jax.core.Tracer) and jnp.max(length_R) > capacity:
+        is_known = not isinstance(length_R, jax.core.Tracer)
+        if is_known and jnp.max(length_R, initial=0) > capacity:
             raise ValueError(
                 f"a hypothesis would hold {int(jnp.max(length_R))} tokens, but the cache has room "
                 f"for {capacity}: make it longer, init_cache(batch, length)"
             )
         slot_Bb = self.length.reshape(batch, beam_size)
-        rows_B1, lanes_1b = jnp.arange(batch)[:, None], jnp.arange(beam_size)[None]
+        rows_B1 = jnp.arange(batch)[:, None]
+        lanes_1b = jnp.arange(beam_size, dtype=jnp.int32)[None]
 
         def put(buffer_BKbSH: Array, new_BbKH: Array) -> Array:
             return buffer_BKbSH.at[rows_B1, :, lanes_1b, slot_Bb].set(
@@ -131,10 +141,13 @@ class BeamCache:
         lane_BbS = self.lane.at[rows_B1, lanes_1b, slot_Bb].set(lanes_1b, mode="drop")
         cache = BeamCache(put(self.key, key_BbKH), put(self.value, value_BbKH), lane_BbS, length_R)
         is_held_BbS = jnp.arange(capacity)[None, None] <= slot_Bb[:, :, None]
-        is_mine_BbbS = lane_BbS[:, :, None] == jnp.arange(beam_size)[None, None, :, None]
-        mask = (is_mine_BbbS & is_held_BbS[:, :, None]).reshape(batch, 1, beam_size, -1)
+        is_mine_BbbS = lane_BbS[:, :, None] == lanes_1b[:, None, :, None]
+        mask = (is_mine_BbbS & is_held_BbS[:, :, None]).reshape(
+            batch, 1, beam_size, beam_size * capacity
+        )
         flat = (batch, num_kv_heads, beam_size * capacity, head_dim)
-        return cache, cache.key.reshape(flat), cache.value.reshape(flat), mask, slot_Bb >= capacity
+        is_lost_Bb = (slot_Bb < 0) | (slot_Bb >= capacity)
+        return cache, cache.key.reshape(flat), cache.value.reshape(flat), mask, is_lost_Bb
 
     @automatic(lambda self, **_: jax.tree.map(spec, self))
     def reorder(self, parent_Bb: Array) -> "BeamCache":
@@ -182,9 +195,9 @@ class RingCache:
         is_last_BT = position_BT >= new_length_B[:, None] - window
         slot_BT = jnp.where(is_token_BT & is_last_BT, position_BT % window, window)
         cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
-        no_overflow = jnp.zeros_like(new_length_B, dtype=bool)
+        is_lost_B = self.length < 0
         if key_BTKH.shape[1] == 1:
-            return cache, cache.key, cache.value, cache._positions(), no_overflow
+            return cache, cache.key, cache.value, cache._positions(), is_lost_B
         # The first of several queries still see tokens that the last of them push out.
         key_BKSH, value_BKSH = (
             jnp.concatenate([held, jnp.swapaxes(new, 1, 2).astype(held.dtype)], axis=2)
@@ -193,7 +206,7 @@ class RingCache:
         position_BS = jnp.concatenate(
             [self._positions(), jnp.where(is_token_BT, position_BT, -1)], axis=1
         )
-        return cache, key_BKSH, value_BKSH, position_BS, no_overflow
+        return cache, key_BKSH, value_BKSH, position_BS, is_lost_B
 
     def _positions(self) -> Array:
         """`[B, W]`: the position of the token in each slot, negative where there is none yet."""

@@ -70,7 +70,10 @@ def dot_product_attention(
     query_BTNH = as_floats("query_BTNH", query_BTNH)
     key_BSKH, value_BSKH = as_floats("key_BSKH", key_BSKH), as_floats("value_BSKH", value_BSKH)
     _check_shapes(query_BTNH, key_BSKH, value_BSKH)
-    if scale is not None and not isinstance(scale, jax.Array):
+    if isinstance(scale, jax.core.Tracer):
+        if scale.shape or not jnp.issubdtype(scale.dtype, jnp.number):
+            raise ValueError(f"scale must be one number, not {scale}")
+    elif scale is not None:
         scale = check_number("scale", scale)
     batch, length = query_BTNH.shape[:2]
     if mask is not None:

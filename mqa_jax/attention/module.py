@@ -5,6 +5,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
   H head dim   D model dim   R rows   b beam   W window
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Required, TypedDict, TypeVar, Unpack, cast
@@ -15,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from mqa_jax.attention.cache import BeamCache, CrossCache, KVCache, RingCache
+from mqa_jax.attention.cache import LOST, BeamCache, CrossCache, KVCache, RingCache
 from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.functional import (
     attend_finite,
@@ -205,6 +206,10 @@ class Attention(nnx.Module):
     def init_cross_cache(self, memory_BSD: Array, mask_BS: Array | None = None) -> CrossCache:
         """Projects an encoder's output, once; `mask_BS` (bool) is False where it is padding."""
         memory_BSD = self._check_input("memory_BSD", memory_BSD)
+        if self.window is not None:
+            raise ValueError(
+                f"window={self.window} with a memory: cross-attention sees all of its memory"
+            )
         if mask_BS is None:
             mask_BS = jnp.ones(memory_BSD.shape[:2], bool)
         mask_BS = jnp.asarray(mask_BS)
@@ -238,9 +243,10 @@ class Attention(nnx.Module):
 
         Raises:
           ValueError: shapes that do not fit, lengths outside `0 .. T`, or more tokens than a
-            full-length cache has room for. Under `jax.jit`, where lengths are not known, such a row
-            turns to NaN instead.
+            full-length cache has room for; a cache of another module. Under `jax.jit`, where
+            lengths are not known, such a row turns to NaN instead, and so does all behind it.
         """
+        self._check_cache(cache, SelfCache)
         batch = cache.length.shape[0]
         x_BTD = self._check_input("x_BTD", x_BTD, batch=batch)
         if isinstance(cache, BeamCache):
@@ -248,12 +254,13 @@ class Attention(nnx.Module):
         length = x_BTD.shape[1]
         if lengths_B is None:
             lengths_B = jnp.full(batch, length, jnp.int32)
-            is_lost_B = jnp.zeros(batch, bool)
         else:
-            lengths_B = as_integers("lengths_B", lengths_B).astype(jnp.int32)
+            lengths_B = as_integers("lengths_B", lengths_B)
             if lengths_B.shape != (batch,):
                 raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
-            is_lost_B = check_lengths(lengths_B, length)
+            is_wrong_B = check_lengths(lengths_B, length)
+            lengths_B = jnp.where(is_wrong_B, 0, lengths_B).astype(jnp.int32)
+            cache = dataclasses.replace(cache, length=jnp.where(is_wrong_B, LOST, cache.length))
             x_BTD = without_padding(x_BTD, jnp.arange(length)[None] < lengths_B[:, None])
         if length == 0:
             return x_BTD.astype(self.dtype), cache
@@ -261,14 +268,13 @@ class Attention(nnx.Module):
         key_BTKH = self._project(x_BTD, self.key)
         value_BTKH = self._project(x_BTD, self.value)
         query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
-        new_cache, key_BKSH, value_BKSH, key_positions_BS, overflow_B = cache.append(
+        new_cache, key_BKSH, value_BKSH, key_positions_BS, is_lost_B = cache.append(
             key_BTKH, value_BTKH, lengths_B
         )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
         # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
         end_B = jnp.minimum(new_cache.length, key_BKSH.shape[2]) if length == 1 else None
         output_BTNH = attend_to_cache(query_BTNH, key_BKSH, value_BKSH, mask, end_B)
-        is_lost_B |= overflow_B
         output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
         return self._output(output_BTNH), cast(AnySelfCache, new_cache)
 
@@ -282,10 +288,10 @@ class Attention(nnx.Module):
             self._project(x_R1D, weight).reshape(batch, beam_size, *weight.shape[:2])
             for weight in (self.query, self.key, self.value)
         )
-        cache, key_BKSH, value_BKSH, mask, overflow_Bb = cache.append(key_BbKH, value_BbKH)
+        cache, key_BKSH, value_BKSH, mask, is_lost_Bb = cache.append(key_BbKH, value_BbKH)
         output_BbNH = attend_to_cache(query_BbNH, key_BKSH, value_BKSH, mask)
-        output_BbNH = jnp.where(overflow_Bb[:, :, None, None], jnp.nan, output_BbNH)
-        return self._output(output_BbNH).reshape(rows, 1, -1), cache
+        output_BbNH = jnp.where(is_lost_Bb[:, :, None, None], jnp.nan, output_BbNH)
+        return self._output(output_BbNH).reshape(x_R1D.shape), cache
 
     @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
     def decode(self, x_BTD: Array, cache: AnyCache) -> tuple[Array, AnyCache]:
@@ -298,9 +304,11 @@ class Attention(nnx.Module):
           `[B, 1, D]` and the new cache (a `CrossCache` comes back as it is).
 
         Raises:
-          ValueError: as `prefill`, or `T != 1` with a self-attention cache.
+          ValueError: as `prefill`, or `T != 1` with a self-attention cache; a window with a
+            `CrossCache`.
         """
         x_BTD = self._check_input("x_BTD", x_BTD)
+        self._check_cache(cache, SelfCache | CrossCache)
         if not isinstance(cache, CrossCache):
             if x_BTD.shape[1] != 1:
                 raise ValueError(
@@ -309,12 +317,13 @@ class Attention(nnx.Module):
             return self.prefill(x_BTD, cache)
         rows, length, d_model = x_BTD.shape
         batch = cache.key.shape[0]
-        if rows % batch:
+        beams = rows // max(batch, 1)
+        if beams * batch != rows:
             raise ValueError(
                 f"{rows} rows over a cross-attention cache of {batch}: there must be a whole "
                 "number of beams for each row of the cache"
             )
-        x_BTD = x_BTD.reshape(batch, rows // batch * length, d_model)
+        x_BTD = x_BTD.reshape(batch, beams * length, d_model)
         query_BTNH = self._project(x_BTD, self.query)
         mask = cache.mask[:, None, None, :]
         output_BTD = self._output(attend_to_cache(query_BTNH, cache.key, cache.value, mask))
@@ -325,6 +334,27 @@ class Attention(nnx.Module):
 
     def _output(self, x_BTNH: Array) -> Array:
         return self._project(x_BTNH, self.out, num_inputs=2)
+
+    def _check_cache(self, cache: Any, cache_types: Any) -> None:
+        if not isinstance(cache, cache_types):
+            kind = type(cache).__name__
+            raise ValueError(f"cache must be one that init_cache of the module gave, not a {kind}")
+        num_kv_heads, head_dim = self.key.shape[-3:-1]
+        if (cache.key.shape[1], cache.key.shape[-1]) != (num_kv_heads, head_dim):
+            raise ValueError(
+                f"the cache is of another module: its keys are {list(cache.key.shape)}, but this "
+                f"one has {num_kv_heads} key/value heads of {head_dim}"
+            )
+        slots = cache.key.shape[2]
+        if isinstance(cache, RingCache) and (self.window is None or self.window > slots):
+            raise ValueError(
+                f"a ring cache of {slots} slots holds too little for a module with "
+                f"window={self.window}: make it with init_cache"
+            )
+        if isinstance(cache, CrossCache) and self.window is not None:
+            raise ValueError(
+                f"window={self.window} with a memory: cross-attention sees all of its memory"
+            )
 
     def _check_input(self, name: str, x: ArrayLike, batch: int | None = None) -> Array:
         d_model, x = self.out.shape[0], as_floats(name, x)

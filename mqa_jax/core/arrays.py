@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
@@ -83,6 +83,14 @@ def as_ids(name: str, x: Any) -> Array:
         if (wrong := x[(x < limits.min) | (x > limits.max)]).size:
             raise ValueError(f"{name} holds {wrong[0]}, which does not fit into {dtype}")
     return jnp.asarray(x, dtype)
+
+
+def as_int32(x: ArrayLike) -> Array:
+    """Integers as int32; one that does not fit is -1 then, which no table has, not another id."""
+    x = jnp.asarray(x)
+    if x.dtype.itemsize == 8:
+        x = jnp.where((x >= -(2**31)) & (x < 2**31), x, -1)
+    return x.astype(jnp.int32)
 
 
 def _short(x: Any) -> str:

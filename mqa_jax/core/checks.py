@@ -12,7 +12,7 @@ def check_integer(name: str, value: Any, *, least: int = 1, most: int | None = N
       ValueError: it is no integer (a bool, 2.0 and "2" are none), or out of range.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if _is_no_number(value) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
@@ -21,6 +21,13 @@ def check_integer(name: str, value: Any, *, least: int = 1, most: int | None = N
         limits = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be {limits}, not {value!r}")
     return number
+
+
+def _is_no_number(value: Any) -> bool:
+    """What Python would convert all the same: a bool, text, an array of one number."""
+    if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")) == "bool":
+        return True
+    return getattr(value, "ndim", 0) > 0
 
 
 def check_number(
@@ -38,8 +45,8 @@ def check_number(
       ValueError: it is no number (a bool and "2" are none), NaN, infinite, or out of range.
     """
     try:
-        number = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, OverflowError):
+        number = math.nan if _is_no_number(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     limits = {
         "above": (above, lambda limit: number > limit),

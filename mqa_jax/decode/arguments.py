@@ -61,9 +61,9 @@ def check_token(name: str, token: int | Array, vocab_size: int) -> None:
     """Raises ValueError unless `token` is an id of the vocabulary; nothing is known of tracers."""
     if isinstance(token, jax.core.Tracer):
         return
-    check_integer(name, token, least=-(2**63))
-    if not 0 <= token < vocab_size:
-        raise ValueError(f"{name}={token} is not in the vocabulary of {vocab_size} tokens")
+    id = check_integer(name, token, least=-(2**63))
+    if not 0 <= id < vocab_size:
+        raise ValueError(f"{name}={id} is not in the vocabulary of {vocab_size} tokens")
 
 
 def known_values(array: ArrayLike) -> list:

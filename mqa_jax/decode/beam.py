@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from mqa_jax.core.arrays import as_int32
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.explicit import automatic, explicit, partition, spec
 from mqa_jax.decode.arguments import EndIds, check_search
@@ -85,11 +86,18 @@ def beam_search(
 
     Raises:
       ValueError: `beam_size` below 1, `alpha` below 0 or so large that scores are no numbers any
-        more, and as `greedy`.
+        more, and as `greedy`. An `alpha` that is traced and out of range ends all rows at once,
+        `Decoded.is_finite` being False.
     """
-    check_integer("beam_size", beam_size)
+    beam_size = check_integer("beam_size", beam_size)
     ends_E = check_search(step_fn, cache, tokens_B, max_new_tokens, eos_id, pad_id)
-    if not isinstance(alpha, jax.core.Tracer):
+    max_new_tokens, is_legal = int(max_new_tokens), True
+    if isinstance(alpha, jax.core.Tracer):
+        if alpha.shape or alpha.dtype == bool:
+            raise ValueError(f"alpha must be one number, not {alpha}")
+        alpha = alpha.astype(jnp.float32)
+        is_legal = (alpha >= 0) & jnp.isfinite(length_penalty(max_new_tokens, alpha))
+    else:
         # Below 0 longer hypotheses would be punished twice, and no one could tell when to stop.
         alpha = check_number("alpha", alpha, least=0)
         if alpha * math.log(length_penalty(max_new_tokens, 1)) > math.log(_LARGEST):
@@ -103,6 +111,7 @@ def beam_search(
         max_new_tokens=max_new_tokens,
         ends_E=ends_E,
         alpha=alpha,
+        is_legal=is_legal,
         pad_id=pad_id,
     )
 
@@ -122,6 +131,7 @@ def _search(
     max_new_tokens: int,
     ends_E: Array,
     alpha: float | Array,
+    is_legal: bool | Array,
     pad_id: int,
 ) -> Decoded:
     """The loop of `beam_search`, over a cache of `B * b` rows."""
@@ -200,9 +210,9 @@ def _search(
     )
     state = (
         jnp.int32(0),
-        jnp.repeat(jnp.asarray(tokens_B, jnp.int32), beam_size),
+        jnp.repeat(as_int32(tokens_B), beam_size),
         hypotheses,
-        jnp.ones(batch, bool),
+        jnp.full(batch, is_legal),
         cache,
     )
     steps, _, hypotheses, is_finite_B, _ = lax.while_loop(is_running, advance, state)

@@ -17,6 +17,7 @@ from jax import Array
 
 from mqa_jax.attention.cache import CrossCache
 from mqa_jax.attention.module import SelfCache
+from mqa_jax.core.arrays import as_int32
 from mqa_jax.core.checks import check_integer
 from mqa_jax.decode.arguments import check_token, known_values, typed_keys
 from mqa_jax.decode.search import Decoded, StepFn
@@ -56,9 +57,12 @@ def generate(
         are traced cannot be checked: `Decoded.is_finite` is False for a row with a wrong one.
     """
     vocab_size = model.config.vocab_size
+    prompt_BP, lengths_B = (
+        x if isinstance(x, Array) else np.asarray(x) for x in (prompt_BP, lengths_B)
+    )
     _check_prompts(prompt_BP, lengths_B, vocab_size)
     check_token("bos_id", bos_id, vocab_size)
-    prompt_BP, lengths_B = (jnp.asarray(x, jnp.int32) for x in (prompt_BP, lengths_B))
+    prompt_BP, lengths_B = as_int32(prompt_BP), as_int32(lengths_B)
     batch, prompt_length = prompt_BP.shape
     step_fn: StepFn[tuple[SelfCache, ...]]
     if isinstance(model, EncoderDecoder):
@@ -168,7 +172,8 @@ class Generator:
                 f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model knows "
                 f"{self._max_length} positions"
             )
-        graphdef = nnx.graphdef(model)
+        graphdef, params = nnx.split(model)
+        self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         dtype = jnp.dtype(model.config.dtype)
 
         @functools.partial(jax.jit, static_argnames="limit")
@@ -226,11 +231,12 @@ class Generator:
           the index of a prompt, and what was decoded for it, without the batch axis; not in order.
 
         Raises:
-          ValueError: a prompt without tokens, of more than the model has positions for, or with an
-            id outside the vocabulary; as many keys as there are not prompts. Nothing has been
-            decoded then. While decoding: the model gave logits that are no numbers for a prompt,
-            whose answer is not given then.
+          ValueError: weights of another model; a prompt without tokens, of more than the model has
+            positions for, or with an id outside the vocabulary; as many keys as there are not
+            prompts. Nothing has been decoded then. While decoding: the model gave logits that are
+            no numbers for a prompt, whose answer is not given then.
         """
+        self._check_params(params)
         for number, prompt in enumerate(prompts, start=1):
             self._check(name(number), prompt)
         return self._answers(params, prompts, self._keys(keys, len(prompts)), name)
@@ -304,9 +310,27 @@ class Generator:
         self.stats.steps += int(decoded.steps)
         return decoded
 
+    def _check_params(self, params: nnx.State) -> None:
+        """They are the model's: as many, of the same shapes, and floats."""
+        given, own_params = jax.tree.leaves(params), jax.tree.leaves_with_path(self._params)
+        if len(given) != len(own_params):
+            raise ValueError(
+                f"params are {len(given)} arrays, but the model has {len(own_params)} weights: "
+                "give nnx.state(model)"
+            )
+        for (path, own), x in zip(own_params, given, strict=True):
+            if x.shape != own.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} must be floats {list(own.shape)}, as in "
+                    f"the model, not {x.dtype} {list(x.shape)}"
+                )
+
     def _check(self, name: str, prompt: Prompt) -> None:
         """A prompt is of ids, has at least one, and leaves room for at least one more."""
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # Lists within a list.
+            ids = np.asarray(None)
         if not ids.size and ids.ndim == 1:
             raise ValueError(f"{name} has no tokens: give one at least")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):

@@ -39,6 +39,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from mqa_jax.core.arrays import as_int32
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.explicit import automatic, explicit, partition, spec
 from mqa_jax.decode.arguments import EndIds, check_search, per_row, typed_keys
@@ -238,7 +239,7 @@ def _search(
 
     state = (
         jnp.int32(0),
-        jnp.asarray(tokens_B, jnp.int32),
+        as_int32(tokens_B),
         jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
         jnp.zeros(batch, bool),
         jnp.ones(batch, bool),

@@ -44,7 +44,7 @@ class _Embedder(nnx.Module):
     ) -> Array:
         """`[B, T, D]`; zeros where `is_token_BT` is False, whatever ids and positions are there."""
         tokens_BT = as_integers("tokens_BT", tokens_BT)
-        max_length = self.positions.table.shape[0]
+        shape, max_length = tokens_BT.shape, self.positions.table.shape[0]
         if positions_BT is None:
             if tokens_BT.shape[1] > max_length:
                 raise ValueError(
@@ -53,10 +53,20 @@ class _Embedder(nnx.Module):
                 )
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         positions_BT = as_integers("positions_BT", positions_BT)
+        _check_shape("positions", positions_BT, shape)
         x_BTD = table(tokens_BT) + self.positions(positions_BT)
         if is_token_BT is not None:
+            _check_shape("segment ids", is_token_BT, shape)
             x_BTD = without_padding(x_BTD, is_token_BT)
         return over_batch(self.dropout(x_BTD, rngs=rngs))
+
+
+def _check_shape(name: str, x: Array, shape_BT: tuple[int, ...]) -> None:
+    if x.shape not in (shape_BT, (1, shape_BT[1])):
+        raise ValueError(
+            f"{name} must have the shape of their tokens, {list(shape_BT)} (or one row for all), "
+            f"not {list(x.shape)}"
+        )
 
 
 def tokens_and_mask(segment_ids_BT: ArrayLike | None) -> tuple[Array | None, Array | None]:
@@ -158,8 +168,22 @@ class _Decoder(nnx.Module):
         lengths_B: ArrayLike | None,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
         tokens_BT = as_integers("tokens_BT", tokens_BT)
-        length = tokens_BT.shape[1]
-        is_token_BT = None if lengths_B is None else padding_mask(lengths_B, length)[:, 0, 0]
+        for name, given in (("cache", cache), ("cross", cross)):
+            layers = len(given) if isinstance(given, tuple | list) else given
+            if layers != len(self.layers):
+                raise ValueError(
+                    f"{name} must be a tuple of one for each of the {len(self.layers)} decoder "
+                    f"layers, as init_cache and init_cross_cache give it, not {layers!r}"
+                )
+        (batch,), (rows, length) = cache[0].length.shape, tokens_BT.shape
+        if rows != batch:
+            raise ValueError(f"tokens for {rows} rows, but the cache has {batch}")
+        is_token_BT = None
+        if lengths_B is not None:
+            lengths_B = as_integers("lengths_B", lengths_B)
+            if lengths_B.shape != (batch,):
+                raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
+            is_token_BT = padding_mask(lengths_B, length)[:, 0, 0]
         positions_BT = cache[0].length[:, None] + jnp.arange(length)[None]
         x_BTD = self.embedder(tokens_BT, table, positions_BT, None, is_token_BT)
         new_cache = []

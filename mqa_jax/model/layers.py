@@ -109,8 +109,9 @@ class Embedding(nnx.Module):
         Under `jax.jit` no error can be raised; NaN cannot be overlooked, a clamped id can.
         """
         ids, num_embeddings = as_ids("ids", ids), self.table.shape[0]
-        # `mode="fill"` alone would count a negative id from the end.
-        ids = jnp.where(ids < 0, num_embeddings, ids)
+        # `mode="fill"` alone would count a negative id from the end, and wrap a wide one around.
+        ids = jnp.where((ids < 0) | (ids > num_embeddings), num_embeddings, ids)
+        ids = ids.astype(jnp.int32)
         # Cast behind the lookup, so that the gradients of a token that occurs a thousand times are
         # summed in the table's own precision (and, on a GPU, without bfloat16's slow atomics).
         table = self.table[...]

@@ -18,6 +18,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention import padding_mask, segment_mask
 from mqa_jax.attention.cache import CrossCache
+from mqa_jax.attention.functional import spoil
+from mqa_jax.attention.masks import check_lengths
 from mqa_jax.attention.module import SelfCache, cross_cache_spec
 from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.dropout import Dropout
@@ -142,13 +144,22 @@ class EncoderDecoder(nnx.Module):
         Args:
           source_tokens_BS: source ids, padded on the right.
           lengths_B: how many of each row are real; all when None.
+
+        Raises:
+          ValueError: shapes that do not fit, or lengths outside `0 .. S`. Under `jax.jit`, where
+            lengths are not known, all that such a row is decoded to is NaN instead.
         """
         source_tokens_BS = as_integers("source_tokens_BS", source_tokens_BS)
         batch, length = source_tokens_BS.shape
         if lengths_B is None:
             lengths_B = jnp.full(batch, length)
-        is_token_BS = padding_mask(lengths_B, length)[:, 0, 0]
+        lengths_B = as_integers("lengths_B", lengths_B)
+        if lengths_B.shape != (batch,):
+            raise ValueError(f"lengths_B must have shape ({batch},), not {lengths_B.shape}")
+        is_wrong_B1 = check_lengths(lengths_B, length)[:, None]
+        is_token_BS = padding_mask(lengths_B, length)[:, 0, 0] | is_wrong_B1
         memory_BSD = self.encode(source_tokens_BS, segment_ids=is_token_BS.astype(jnp.int32))
+        memory_BSD = spoil(memory_BSD, is_wrong_B1)
         return tuple(
             layer.cross_attention.init_cross_cache(memory_BSD, is_token_BS)
             for layer in self.decoder.layers
@@ -231,7 +242,7 @@ class DecoderOnly(nnx.Module):
         lengths_B: ArrayLike | None = None,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
         """As `EncoderDecoder.prefill`, without a source."""
-        no_memory = (None,) * len(cache)
+        no_memory = (None,) * len(self.decoder.layers)
         x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, no_memory, lengths_B)
         return self.softmax.logits(x_BTD), cache
 

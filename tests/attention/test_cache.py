@@ -204,11 +204,19 @@ def test_lengths_that_the_chunk_does_not_have_raise_and_under_jit_are_nan(length
     x, empty = normal(0, 3, 3, D), attention.init_cache(3, T)
     with pytest.raises(ValueError, match=re.escape(f"lengths_B={lengths}")):
         attention.prefill(x, empty, np.array(lengths))
-    output, _ = jitted(attention, "prefill")(x, empty, np.array(lengths))
+    output, cache = jitted(attention, "prefill")(x, empty, np.array(lengths))
     full = full_pass(attention, x)
     close(output[0, :2], full[0, :2])
     close(output[2, :1], full[2, :1])
     assert np.isnan(output[1]).all()
+    # Whoever reads the cache alone must not go on as if nothing had been.
+    caches_behind = [cache] if window else [cache, jax.jit(lambda cache: cache.expand(2))(cache)]
+    for cache in caches_behind:
+        rows = np.repeat(np.arange(3), len(cache.length) // 3)
+        for _ in range(5):
+            output, cache = jitted(attention, "decode")(x[rows, :1], cache)
+            np.testing.assert_array_equal(np.isnan(output).all((1, 2)), rows == 1)
+            np.testing.assert_array_equal(np.isnan(output).any((1, 2)), rows == 1)
 
 
 @pytest.mark.parametrize(("kv_heads", "length"), [(6, 1), (3, 1), (1, 1), (1, 4)])
@@ -239,6 +247,17 @@ def test_a_source_of_padding_alone_gives_zeros():
     assert np.abs(output[2:]).min() > 0
 
 
+def test_a_batch_of_none():
+    attention = module()
+    nothing, empty = (
+        np.zeros((0, 1, D), np.float32),
+        jax.tree.map(lambda x: x[:0], attention.init_cache(1, T)),
+    )
+    for cache in (empty, empty.expand(2), CROSS(attention, memory_BSD=np.zeros((0, S, D)))):
+        assert attention.decode(nothing, cache)[0].shape == (0, 1, D)
+
+
+ONE = jnp.zeros((3, 1, D))
 CROSS = functools.partial(mqa_jax.Attention.init_cross_cache, memory_BSD=np.zeros((2, S, D)))
 
 
@@ -258,6 +277,16 @@ CROSS = functools.partial(mqa_jax.Attention.init_cross_cache, memory_BSD=np.zero
         (lambda a: CROSS(a, mask_BS=np.ones((2, 5), bool)), r"\(2, 11\).* not bool .*\(2, 5\)"),
         (lambda a: CROSS(a, mask_BS=np.ones((2, S), np.int8)), "not int8"),
         (lambda a: a.init_cross_cache(jnp.zeros((2, S, 12))), r"memory_BSD.*\[2, 11, 12\]"),
+        (lambda a: a.decode(ONE, None), "cache must be one that init_cache .* not a NoneType"),
+        (lambda a: a.prefill(ONE, (a.init_cache(3, T),)), "not a tuple"),
+        (lambda a: a.prefill(ONE, CROSS(a)), "not a CrossCache"),
+        (lambda a: a.decode(ONE, module(6).init_cache(3, T)), r"keys are \[3, 6, 7, 5\]"),
+        (lambda a: module(6).decode(ONE, a.init_cache(3, T)), "this one has 6 key/value heads"),
+        (lambda a: module(6).decode(ONE[:2], CROSS(a)), "this one has 6 key/value heads"),
+        (lambda a: a.decode(ONE, module(window=3).init_cache(3, T)), "3 slots .* window=None"),
+        (lambda a: module(1, 4).decode(ONE, module(1, 3).init_cache(3, T)), "3 slots .* window=4"),
+        (lambda a: CROSS(module(window=3)), "window=3 with a memory"),
+        (lambda a: module(window=3).decode(ONE[:2], CROSS(a)), "window=3 with a memory"),
     ],
 )
 def test_misuse_raises(misuse, message):

@@ -208,10 +208,20 @@ def test_only_floats_are_attended_to(at, dtype):
         mqa_jax.dot_product_attention(*arrays)
 
 
-@pytest.mark.parametrize("scale", [np.nan, np.inf, "1", True])
-def test_a_scale_is_a_finite_number(scale):
+@pytest.mark.parametrize("kind", [lambda x: x, jnp.asarray])
+@pytest.mark.parametrize("scale", [np.nan, np.inf, True, np.ones(2), np.ones(7)])
+def test_a_scale_is_a_finite_number(scale, kind):
+    attend = functools.partial(mqa_jax.dot_product_attention, *[jnp.ones((2, 7, 3, 5))] * 3)
     with pytest.raises(ValueError, match="scale must be a finite number"):
-        mqa_jax.dot_product_attention(*[jnp.ones((2, 7, 3, 5))] * 3, scale=scale)
+        attend(scale=kind(scale))
+    if np.shape(scale) or scale is True:
+        with pytest.raises(ValueError, match="scale must be one number"):
+            jax.jit(lambda scale: attend(scale=scale))(scale)
+
+
+def test_a_scale_is_no_text():
+    with pytest.raises(ValueError, match="scale must be a finite number, not '1'"):
+        mqa_jax.dot_product_attention(*[jnp.ones((2, 7, 3, 5))] * 3, scale="1")
 
 
 def test_a_scale_may_be_learned():

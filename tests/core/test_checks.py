@@ -14,7 +14,10 @@ def test_integers_come_back_plain(value):
     assert type(number) is int and number == 3
 
 
-@pytest.mark.parametrize("value", [True, 3.0, "3", None, math.nan, [3], np.array([3])])
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, np.array(True), 3.0, "3", None, math.nan, [3], np.array([3])],
+)
 def test_what_is_no_integer(value):
     with pytest.raises(ValueError, match="x must be an integer, not"):
         check_integer("x", value)
@@ -34,7 +37,11 @@ def test_numbers_come_back_plain(value):
     assert type(number) is float and number == value
 
 
-@pytest.mark.parametrize("value", [True, "0.5", None, math.nan, math.inf, -math.inf, [1.0]])
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, np.array(True), "0.5", b"1", b"a", None, math.nan, math.inf, -math.inf, [1.0]]
+    + [np.array([0.5]), 1j],
+)
 def test_what_is_no_finite_number(value):
     with pytest.raises(ValueError, match="x must be a finite number, not"):
         check_number("x", value)

@@ -253,6 +253,7 @@ def test_a_prompt_without_tokens_is_refused(model_type):
         ([4.0], r"prompt 2 must be a sequence of integers, the ids, not \[4\.0\]"),
         ([True], r"prompt 2 must be .* not \[True\]"),
         ([[4]], r"prompt 2 must be .* not \[\[4\]\]"),
+        ([4, [5]], r"prompt 2 must be .* not \[4, \[5\]\]"),
         ("4", "prompt 2 must be .* not '4'"),
         (4, "prompt 2 must be .* not 4"),
     ],
@@ -291,6 +292,24 @@ def test_numbers_of_a_generator(model_type):
     ]:
         with pytest.raises(ValueError, match=message):
             Generator(model, search=search, batch_size=2, bos_id=BOS).tokens(params, [[4]])
+    numbers = dict(batch_size=2, bos_id=BOS, max_new_tokens=3)
+    expected = make(**numbers).tokens(params, [[4]])
+    arrays = jax.tree.map(jnp.int32, numbers)
+    assert make(**arrays).tokens(params, [[4]]) == expected
+
+
+@both_models
+def test_weights_that_are_not_the_models(model_type):
+    model, params = make_model(model_type)
+    generator = Generator(model, search=greedy, batch_size=2, bos_id=BOS, max_new_tokens=3)
+    _, wider = make_model(model_type, vocab_size=14)
+    for wrong, message in [
+        (jax.tree.map(lambda x: x.astype(np.int32), params), "must be floats .* not int32"),
+        (wider, r"params.*embedding.*table.* floats \[13, 12\], .* not float32 \[14, 12\]"),
+        ({}, "params are 0 arrays"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generator(wrong, [[4]])
 
 
 @both_models
@@ -343,14 +362,16 @@ def test_prompts_of_generate(model_type):
         (prompt_BP, [4, 2], r"lengths_B\[0\] must be from 1 to 3, not 4"),
         (prompt_BP, [3, 3], r"prompt_BP\[1, 2\]=-100 is not in the vocabulary of 13"),
         (prompt_BP + 7, [3, 2], r"prompt_BP\[0, 2\]=13 is not in the vocabulary of 13"),
-        (prompt_BP, [3.0, 2.0], "lengths_B must be integers, not float32"),
+        (prompt_BP, [3.0, 2.0], "lengths_B must be integers, not float"),
         (prompt_BP.astype(np.float32), [3, 2], "prompt_BP must be integers, not float32"),
         (prompt_BP, [3], r"not \[2, 3\] and \[1\]"),
         (prompt_BP[0], [3, 2], r"not \[3\] and \[2\]"),
         (prompt_BP[:0], [], r"not \[0, 3\] and \[0\]"),
+        (prompt_BP.tolist(), [True, True], "lengths_B must be integers, not bool"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            run(prompt, jnp.array(lengths))
+        for kind in (np.asarray, jnp.asarray, lambda x: np.asarray(x).tolist()):
+            with pytest.raises(ValueError, match=message):
+                run(prompt, kind(lengths))
     with pytest.raises(ValueError, match="bos_id=13 is not in the vocabulary of 13"):
         run(prompt_BP, np.array([3, 2]), bos_id=13)
     traced = jax.jit(lambda *arrays: dataclasses.replace(run(*arrays), cache=None))

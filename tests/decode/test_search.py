@@ -146,6 +146,64 @@ def test_numbers_that_are_traced_and_one_a_row():
         assert not np.any(nothing.tokens[1])
 
 
+def test_an_alpha_that_is_traced():
+    model, tokens_B = Historian.random(0, length=6, vocab_size=7), jnp.array([1, 4])
+
+    @jax.jit
+    def run(alpha):
+        options = dict(beam_size=2, max_new_tokens=6, eos_id=EOS, alpha=alpha)
+        return beam_search(model.step, model.cache(2), tokens_B, **options)
+
+    for alpha in (0.0, 1.5):
+        expected = decode(
+            beam_search, model, tokens_B, beam_size=2, max_new_tokens=6, eos_id=EOS, alpha=alpha
+        )
+        np.testing.assert_array_equal(run(alpha).tokens, expected.tokens)
+        assert np.all(expected.is_finite)
+    for alpha in (np.nan, -0.5, np.inf, 1e4):
+        decoded = run(alpha)
+        assert not np.any(decoded.is_finite) and not np.any(decoded.length) and decoded.steps == 0
+    with pytest.raises(ValueError, match="alpha must be one number"):
+        run(jnp.ones(2))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_integers_may_be_arrays_of_jax(name):
+    model, start = Historian.random(0, 5, 7), jnp.array([1, 4])
+    numbers = dict(max_new_tokens=4, pad_id=3) | ({"beam_size": 2} if name == "beam_search" else {})
+
+    def run(**numbers):
+        return SEARCHES[name](model.step, model.cache(2), start, eos_id=EOS, **numbers).tokens
+
+    expected = run(**numbers)
+    arrays = {option: jnp.int32(number) for option, number in numbers.items()}
+    np.testing.assert_array_equal(run(**arrays), expected)
+    np.testing.assert_array_equal(jax.jit(lambda: run(**arrays))(), expected)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_wide_id_does_not_wrap_around_into_the_vocabulary(name):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        config = TransformerConfig(
+            vocab_size=11,
+            d_model=8,
+            d_ff=13,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=5,
+            max_length=6,
+        )
+        model = random_model(DecoderOnly, config)
+
+        @jax.jit
+        def run(start):
+            return SEARCHES[name](model.decode, model.init_cache(2, 3), start, max_new_tokens=3)
+
+        decoded = run(jnp.array([4, 2**32 + 4]))
+        np.testing.assert_array_equal(decoded.is_finite, [True, False])
+
+
 def test_keys_of_both_kinds():
     model, options = Historian.random(0, 5, 7), dict(max_new_tokens=5)
     new, old = jax.random.key(3), jax.random.PRNGKey(3)

@@ -166,3 +166,7 @@ def test_a_narrow_id_does_not_wrap_around_into_the_table():
     table = Embedding(300, 4, rngs=nnx.Rngs(0))
     assert np.isnan(table(np.array([-1], np.int8))).all()
     np.testing.assert_array_equal(table(np.array([200], np.uint8)), table(np.array([200])))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(
+            np.isnan(table(jnp.array([7, 2**32 + 7, 2**31, -(2**32) + 7]))).all(1), [0, 1, 1, 1]
+        )

@@ -286,6 +286,20 @@ def test_each_dropout_rate_alone_takes_effect_where_rngs_are_given(cls, rate):
         assert np.abs(a - b).max(axis=(1, 2)).min() > 0 and np.isfinite(a).all()
 
 
+@pytest.mark.parametrize("wrong", [-1, S + 1])
+def test_a_source_length_that_is_none_is_nan_under_jit(wrong):
+    model = build(EncoderDecoder)
+
+    @jax.jit
+    def run(lengths):
+        cross = model.init_cross_cache(tokens(0, 3, S), lengths)
+        return model.decode(tokens(1, 6), model.init_cache(6, T), cross)[0]
+
+    logits = run(np.array([S, wrong, 0]))
+    np.testing.assert_array_equal(np.isnan(logits).all(1), np.arange(6) // 2 == 1)
+    np.testing.assert_array_equal(np.isnan(logits).any(1), np.arange(6) // 2 == 1)
+
+
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
@@ -305,6 +319,30 @@ def test_each_dropout_rate_alone_takes_effect_where_rngs_are_given(cls, rate):
             "source_segment_ids and target_segment_ids, or neither",
         )
         for side in ("source_segment_ids", "target_segment_ids")
+    ]
+    + [
+        (
+            lambda e, d, name=name, shape=shape: d(
+                tokens(0, 3, T), **{name: jnp.ones(shape, jnp.int32)}
+            ),
+            rf"{name.replace('_', ' ')} must have the shape of their tokens, \[3, 6\]",
+        )
+        for name in ("positions", "segment_ids")
+        for shape in ((3, 1), (2, T), (3, T + 1))
+    ]
+    + [
+        (lambda e, d: d.decode(tokens(0, 2), d.init_cache(3, T)), "2 rows, but the cache has 3"),
+        (lambda e, d: d.decode(tokens(0, 3), d.init_cache(3, T) * 2), "each of the 1 .*, not 2"),
+        (lambda e, d: d.decode(tokens(0, 3), d.init_cache(3, T)[0]), "cache must be a tuple"),
+        (lambda e, d: e.decode(tokens(0, 3), e.init_cache(3, T), None), "cross must .*, not None"),
+        (
+            lambda e, d: d.prefill(tokens(0, 3, T), d.init_cache(3, T), np.ones(2, int)),
+            r"lengths_B must have shape \(3,\), not \(2,\)",
+        ),
+        (
+            lambda e, d: e.init_cross_cache(tokens(0, 3, S), np.ones(1, int)),
+            r"lengths_B must have shape \(3,\), not \(1,\)",
+        ),
     ],
 )
 def test_misuse_raises(misuse, message):
