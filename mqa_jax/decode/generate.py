@@ -231,12 +231,11 @@ class Generator:
           the index of a prompt, and what was decoded for it, without the batch axis; not in order.
 
         Raises:
-          ValueError: weights of another model; a prompt without tokens, of more than the model has
-            positions for, or with an id outside the vocabulary; as many keys as there are not
-            prompts. Nothing has been decoded then. While decoding: the model gave logits that are
-            no numbers for a prompt, whose answer is not given then.
+          ValueError: a prompt without tokens, of more than the model has positions for, or with an
+            id outside the vocabulary; as many keys as there are not prompts. Nothing has been
+            decoded then. While decoding: weights of another model; or the model gave logits that
+            are no numbers for a prompt, whose answer is not given then.
         """
-        self._check_params(params)
         for number, prompt in enumerate(prompts, start=1):
             self._check(name(number), prompt)
         return self._answers(params, prompts, self._keys(keys, len(prompts)), name)
@@ -298,6 +297,7 @@ class Generator:
         limit: int,
     ) -> Decoded:
         """One batch, on the host; compiled apart, so that the clock of decoding excludes it."""
+        self._check_params(params)
         shape = (prompt_BP.shape, limit)
         start = time.perf_counter()
         if shape not in self._compiled:

@@ -309,7 +309,7 @@ def test_weights_that_are_not_the_models(model_type):
         ({}, "params are 0 arrays"),
     ]:
         with pytest.raises(ValueError, match=message):
-            generator(wrong, [[4]])
+            list(generator(wrong, [[4]]))
 
 
 @both_models
