@@ -91,7 +91,8 @@ def beam_search(
     """
     beam_size = check_integer("beam_size", beam_size)
     ends_E = check_search(step_fn, cache, tokens_B, max_new_tokens, eos_id, pad_id)
-    max_new_tokens, is_legal = int(max_new_tokens), True
+    max_new_tokens = int(max_new_tokens)
+    is_legal: bool | Array = True
     if isinstance(alpha, jax.core.Tracer):
         if alpha.shape or alpha.dtype == bool:
             raise ValueError(f"alpha must be one number, not {alpha}")
