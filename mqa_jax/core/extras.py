@@ -22,6 +22,7 @@ EXTRAS = {
         "sentencepiece",
         "tensorboardX",
         "tensorflow_datasets",
+        "tensorstore",
         "tqdm",
     ),
     "plot": ("absl", "matplotlib", "ml_collections", "rich"),
