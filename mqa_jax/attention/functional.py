@@ -131,18 +131,32 @@ def _attend_masked_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     *arrays, mask = primals
 
     def attend(query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, scale: Array) -> Array:
-        query_BTNH, is_bad_BTN = finite(query_BTNH)
-        (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(
-            finite, (key_BKSH, value_BKSH)
-        )
-        output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale)
-        sees_bad_BKGT = _sees(_by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
-        # `G` and `T` may be 1 in here, and are not in the queries.
-        is_bad_BTKG = is_bad_BTN.reshape(*is_bad_BTN.shape[:2], key_BKSH.shape[1], -1)
-        is_bad_BTKG |= jnp.moveaxis(sees_bad_BKGT, 3, 1)
-        return spoil(output_BTNH, is_bad_BTKG.reshape(is_bad_BTN.shape))
+        return spoil(*attend_seen(query_BTNH, key_BKSH, value_BKSH, mask, scale))
 
     return jax.jvp(attend, tuple(arrays), tuple(tangents[:-1]))
+
+
+def attend_seen(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask: Array,
+    scale: float | Array | None = None,
+    dropout: Callable[[Array], Array] | None = None,
+) -> tuple[Array, Array]:
+    """As `attend_finite`, of what need not be finite; and bool `[B, T, N]`, which outputs are NaN.
+
+    They come out finite, for `spoil` behind the last product: a weight's gradient in one would be
+    NaN even where the loss leaves them out.
+    """
+    query_BTNH, is_bad_BTN = finite(query_BTNH)
+    (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(finite, (key_BKSH, value_BKSH))
+    output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale, dropout)
+    sees_bad_BKGT = _sees(_by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
+    # `G` and `T` may be 1 in here, and are not in the queries.
+    is_bad_BTKG = is_bad_BTN.reshape(*is_bad_BTN.shape[:2], key_BKSH.shape[1], -1)
+    is_bad_BTKG |= jnp.moveaxis(sees_bad_BKGT, 3, 1)
+    return output_BTNH, is_bad_BTKG.reshape(is_bad_BTN.shape)
 
 
 def finite(x: Array) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from mqa_jax.attention.cache import LOST, BeamCache, CrossCache, KVCache, RingCa
 from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.functional import (
     attend_finite,
+    attend_seen,
     finite,
     heads_first,
     spoil,
@@ -174,8 +175,14 @@ class Attention(nnx.Module):
         query_BTNH = self._project(x_BTD, self.query)
         key_BKSH = heads_first(self._project(source_BSD, self.key))
         value_BKSH = heads_first(self._project(source_BSD, self.value))
-        output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout)
-        return self._output(output_BTNH)
+        if mask is None:
+            output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, None, dropout=dropout)
+            return self._output(output_BTNH)
+        # What went in is finite; a product of it need not be.
+        output_BTNH, is_bad_BTN = attend_seen(
+            query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout
+        )
+        return spoil(self._output(output_BTNH), jnp.any(is_bad_BTN, axis=2))
 
     @automatic(lambda self, batch, **_: _cache_spec(self, batch))
     def init_cache(
