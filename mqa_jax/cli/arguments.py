@@ -32,8 +32,8 @@ def define_config(values: flags.FlagValues) -> None:
     """The flag of a config, and of its fields."""
     config_flags.DEFINE_config_file(
         "config",
-        help_string=f"one that is shipped ({', '.join(shipped())}) or FILE.py, with :VARIANT behind "
-        "it where it has variants; --config.model.a=b behind it sets a field",
+        help_string=f"one that is shipped ({', '.join(shipped())}) or FILE.py, with "
+        ":VARIANT behind it where it has variants; --config.model.a=b behind it sets a field",
         flag_values=values,
     )
 
