@@ -150,6 +150,8 @@ def attend_seen(
     NaN even where the loss leaves them out.
     """
     query_BTNH, is_bad_BTN = finite(query_BTNH)
+    if 0 in (query_BTNH.size, key_BKSH.size):
+        return jnp.zeros_like(query_BTNH), is_bad_BTN
     (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(finite, (key_BKSH, value_BKSH))
     output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale, dropout)
     sees_bad_BKGT = _sees(_by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
