@@ -330,8 +330,11 @@ def test_lanes_hold_what_moved_copies_would(kv_heads, lengths):
 
 
 @pytest.mark.parametrize("model_type", [mqa_jax.EncoderDecoder, mqa_jax.DecoderOnly])
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_beam_search_over_lanes_is_beam_search_over_copies(model_type, kv_heads):
+@pytest.mark.parametrize(
+    ("kv_heads", "options"),
+    [(1, {}), (4, {}), (2, dict(positions="rope")), (1, dict(positions="relative"))],
+)
+def test_beam_search_over_lanes_is_beam_search_over_copies(model_type, kv_heads, options):
     config = mqa_jax.TransformerConfig(
         vocab_size=11,
         d_model=12,
@@ -339,8 +342,9 @@ def test_beam_search_over_lanes_is_beam_search_over_copies(model_type, kv_heads)
         num_layers=2,
         num_heads=4,
         num_kv_heads=kv_heads,
-        head_dim=5,
+        head_dim=6,
         max_length=13,
+        **options,
     )
     model = model_type(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)

@@ -25,16 +25,34 @@ CASES = {  # keyword arguments, a mask by its shape; as many queries as keys, T 
     "window": dict(window=3),
     "window_of_one": dict(window=1),
     "window_longer_than_all": dict(window=T + 2),
-    "everything": dict(mask=(B, N, T, T), is_causal=True, window=4, scale=0.7),
+    "bias": dict(bias=(B, N, T, T)),
+    "bias_of_keys": dict(bias=(1, N, 1, T)),
+    "softcap": dict(softcap=0.5),
+    "everything": dict(
+        mask=(B, N, T, T), is_causal=True, window=4, scale=0.7, bias=(1, N, T, T), softcap=0.9
+    ),
 }
 
 
-def loops(query, key, value, cotangent, *, mask=None, is_causal=False, window=None, scale=None):
+def loops(
+    query,
+    key,
+    value,
+    cotangent,
+    *,
+    mask=None,
+    is_causal=False,
+    window=None,
+    scale=None,
+    bias=0.0,
+    softcap=None,
+):
     """The definition, in float64: the output, and the gradients of `sum(output * cotangent)`."""
     query, key, value, cotangent = map(to_float, (query, key, value, cotangent))
     (batch, length, heads, head_dim), (_, keys, kv_heads, _) = query.shape, key.shape
     scale = head_dim**-0.5 if scale is None else scale
     mask = np.broadcast_to(True if mask is None else mask, (batch, heads, length, keys))
+    bias = np.broadcast_to(bias, mask.shape).astype(np.float64)
     output, d_query, d_key, d_value = (np.zeros_like(x) for x in (query, query, key, value))
     for b, t, n in np.ndindex(batch, length, heads):
         k = n // (heads // kv_heads)
@@ -47,10 +65,15 @@ def loops(query, key, value, cotangent, *, mask=None, is_causal=False, window=No
         ]
         if not seen:
             continue
-        exp = np.exp([scale * query[b, t, n] @ key[b, s, k] for s in seen])
+        logits = scale * key[b, seen, k] @ query[b, t, n] + bias[b, n, t, seen]
+        slope = np.ones_like(logits)
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+            slope = 1 - (logits / softcap) ** 2
+        exp = np.exp(logits)
         weights = exp / exp.sum()
         d_weights = value[b, seen, k] @ cotangent[b, t, n]
-        d_logits = scale * weights * (d_weights - weights @ d_weights)
+        d_logits = scale * slope * weights * (d_weights - weights @ d_weights)
         output[b, t, n] = weights @ value[b, seen, k]
         d_query[b, t, n] = d_logits @ key[b, seen, k]
         d_key[b, seen, k] += np.outer(d_logits, query[b, t, n])
@@ -76,11 +99,15 @@ def test_outputs_and_gradients_equal_loops_and_jax_nn(case, kv_heads, dtype):
     kwargs = dict(CASES[case])
     if "mask" in kwargs:
         kwargs["mask"] = random_mask(4, kwargs["mask"])
+    if "bias" in kwargs:
+        kwargs["bias"] = normal(5, *kwargs["bias"], dtype=dtype)
     arrays = inputs(kv_heads, T, dtype)
     actual = with_gradients(mqa_jax.dot_product_attention, *arrays, **kwargs)
     assert [x.dtype for x in actual] == [dtype] * 4
     for result, expected in zip(actual, loops(*arrays, **kwargs), strict=True):
         close(result, expected, **TOLERANCE[dtype])
+    if "softcap" in kwargs:
+        return  # Which it does not have.
     window = kwargs.pop("window", None)
     local = {} if window is None else dict(local_window_size=(window - 1, 0))
     # jax.nn mixes dtypes inside.

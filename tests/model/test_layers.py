@@ -1,6 +1,7 @@
 """The layers against their formulas."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqa_jax.core.dropout import Dropout
-from mqa_jax.core.norms import RMSNorm
+from mqa_jax.core.norms import NORMS, RMSNorm
 from mqa_jax.model.layers import Embedding, FeedForward, Softmax
 
 B, T, D, F, V = 2, 3, 5, 7, 11
@@ -37,6 +38,47 @@ def test_feed_forward_is_two_products_with_a_relu_between():
     np.testing.assert_allclose(layer(x_BTD()), expected, rtol=1e-5, atol=1e-6)
 
 
+ACTIVATIONS = {
+    "relu": lambda x: max(x, 0.0),
+    "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "silu": lambda x: x / (1 + math.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward_of_every_kind(activation, gated, use_bias):
+    layer = FeedForward(
+        D, F, activation=activation, gated=gated, use_bias=use_bias, rngs=nnx.Rngs(0)
+    )
+    weights = nnx.to_pure_dict(nnx.state(layer))
+    assert set(weights) == {"wi", "wo"} | ({"gate"} if gated else set()) | (
+        {f"{name}_bias" for name in ("wi", "wo", *["gate"] * gated)} if use_bias else set()
+    )
+    # Biases begin at 0.
+    weights = {
+        name: np.random.default_rng(i).normal(size=x.shape) if x.ndim == 1 else np.asarray(x)
+        for i, (name, x) in enumerate(weights.items())
+    }
+    for name, x in weights.items():
+        getattr(layer, name)[...] = jnp.asarray(x, jnp.float32)
+
+    def product(x, name):
+        return x @ weights[name].astype(np.float64).T + weights.get(f"{name}_bias", 0)
+
+    x = np.asarray(x_BTD(), np.float64)
+    hidden = np.vectorize(ACTIVATIONS[activation])(product(x, "gate" if gated else "wi"))
+    expected = product(hidden * product(x, "wi") if gated else hidden, "wo")
+    np.testing.assert_allclose(layer(x_BTD()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation 'gelu_new' is not one of relu, gelu, gelu_t"):
+        FeedForward(D, F, activation="gelu_new", rngs=nnx.Rngs(0))
+
+
 def test_feed_forward_drops_behind_the_relu_where_rngs_are_given():
     layer = FeedForward(D, F, dropout_rate=0.5, rngs=nnx.Rngs(0))
     layer.wi[...] = jnp.ones((F, D))
@@ -46,6 +88,23 @@ def test_feed_forward_drops_behind_the_relu_where_rngs_are_given():
     # A unit is left out, or counts twice.
     dropped = layer(x, rngs=nnx.Rngs(dropout=1))[..., 0]
     assert np.unique(dropped).tolist() == [0.0, 2.0 * D]
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.1])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_equal_their_formulas(kind, epsilon):
+    dtypes = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    norm = NORMS[kind](D, epsilon=epsilon, rngs=nnx.Rngs(0), **dtypes)
+    norm.scale[...] = jnp.arange(1.0, D + 1)
+    x = expected = np.asarray(x_BTD(), np.float64) + 50 * (kind == "layer")
+    if kind == "layer":
+        norm.bias[...] = jnp.arange(D, 0.0, -1)
+        expected = x - x.mean(-1, keepdims=True)
+    expected = expected / np.sqrt(np.mean(expected**2, -1, keepdims=True) + epsilon)
+    expected = expected * np.arange(1.0, D + 1) + (np.arange(D, 0.0, -1) if kind == "layer" else 0)
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="epsilon must be a finite number, above 0, not 0"):
+        NORMS[kind](D, epsilon=0, rngs=nnx.Rngs(0), **dtypes)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from mqa_jax import DecoderOnly, EncoderDecoder, TransformerConfig
+from mqa_jax.attention.positions import Rope
 
 B, S, T, V, D, L, MAX_LENGTH = 7, 5, 6, 37, 10, 2, 13
 CONFIG = TransformerConfig(
@@ -29,6 +30,48 @@ VARIANTS = {
     "multi_head_local": dict(num_kv_heads=4, window=3, num_layers=1),
     "multi_query_local": dict(num_kv_heads=1, window=3),
     "grouped_query": dict(num_kv_heads=2, num_layers=1),
+    # What later models are made of, all of it in few models.
+    "rope": dict(
+        positions="rope", head_dim=4, num_kv_heads=1, qk_norm=True, gated=True, activation="silu"
+    ),
+    "sandwich": dict(
+        positions="rope",
+        rope=Rope(theta=50.0, scaling="linear", factor=2.0),
+        head_dim=4,
+        block="sandwich",
+        window=(3, None),
+        attention_softcap=1.0,
+        logits_softcap=2.0,
+        attention_scale=0.7,
+        num_kv_heads=2,
+    ),
+    "relative": dict(
+        positions="relative",
+        relative_buckets=6,
+        relative_distance=9,
+        attention_scale=1.0,
+        window=4,
+        tied_softmax=False,
+        num_layers=1,
+    ),
+    "post": dict(
+        positions="sinusoidal",
+        block="post",
+        norm="layer",
+        bias=("qkv", "out", "mlp", "logits"),
+        tied_softmax=True,
+        embedding_scale=3.0,
+        num_encoder_layers=1,
+        encoder_kv_heads=2,
+        cross_kv_heads=1,
+    ),
+}
+# Blocks without a place for cross-attention.
+PARALLEL = {
+    "parallel": dict(positions="rope", head_dim=4, block="parallel", num_kv_heads=1, num_layers=1),
+    "parallel_norms": dict(
+        positions="rope", head_dim=4, block="parallel", parallel_norms=2, norm="layer", num_layers=1
+    ),
 }
 MODELS = [EncoderDecoder, DecoderOnly]
 # Some layers of roundings, in logits of about 1; bfloat16 keeps 8 bits.
@@ -40,8 +83,16 @@ def close(actual, expected, dtype="float32"):
 
 
 def build(cls, variant="multi_query", **changes):
-    config = dataclasses.replace(CONFIG, **VARIANTS[variant] | changes)
-    return cls(config, rngs=nnx.Rngs(0))
+    config = dataclasses.replace(CONFIG, **(VARIANTS | PARALLEL)[variant] | changes)
+    model = cls(config, rngs=nnx.Rngs(0))
+    # Biases begin at 0 and scales at 1, which would hide where they are left out.
+    state = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.1 * normal(x) if x.ndim == 1 else x, state))
+    return model
+
+
+def normal(like):
+    return jnp.asarray(np.random.default_rng(like.size).normal(size=like.shape), like.dtype)
 
 
 def tokens(seed, *shape):
@@ -79,6 +130,7 @@ def forward(model, source, target, source_lengths=None, **kwargs):
 @pytest.mark.parametrize(
     ("cls", "variant", "dtype"),
     [(cls, variant, "float32") for cls in MODELS for variant in VARIANTS]
+    + [(DecoderOnly, variant, "float32") for variant in PARALLEL]
     + [(EncoderDecoder, "multi_query_local", "bfloat16"), (DecoderOnly, "multi_head", "bfloat16")],
 )
 def test_decode_equals_the_full_pass_from_every_prefix_length(cls, variant, dtype):
@@ -156,8 +208,15 @@ def test_encoder_decoder_equals_numpy(kv_heads):
         close(logits[row], reference(model, np.array(source[row]), np.array(target[row])))
 
 
-@pytest.mark.parametrize("variant", ["multi_query", "multi_head_local"])
-@pytest.mark.parametrize("cls", MODELS)
+@pytest.mark.parametrize(
+    ("cls", "variant"),
+    [
+        (cls, variant)
+        for cls in MODELS
+        for variant in ("multi_query", "multi_head_local", "rope", "relative", "post")
+    ]
+    + [(DecoderOnly, "parallel")],
+)
 def test_packed_rows_equal_the_sentences_alone(cls, variant):
     model = build(cls, variant)
     sentences = [(tokens(4, 1, 4), tokens(5, 1, 3)), (tokens(6, 1, 3), tokens(7, 1, 5))]
