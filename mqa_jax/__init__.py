@@ -11,6 +11,7 @@ from mqa_jax.attention import (
     segment_mask,
 )
 from mqa_jax.attention.cache import CrossCache, KVCache, RingCache
+from mqa_jax.attention.positions import RelativeBias, Rope
 from mqa_jax.core.sharding import ShardingRules, make_mesh, on_mesh
 from mqa_jax.decode.beam import beam_search
 from mqa_jax.decode.generate import Generator
@@ -31,7 +32,9 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "RelativeBias",
     "RingCache",
+    "Rope",
     "ShardingRules",
     "TransformerConfig",
     "beam_search",

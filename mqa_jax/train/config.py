@@ -142,8 +142,6 @@ def _problems_of_fields(config: ConfigDict) -> Iterator[str]:
         *((check_integer, name, limits) for name, limits in _INTEGERS.items()),
         *((check_number, name, limits) for name, limits in _NUMBERS.items()),
     ]
-    if config.model.get("window") is not None:
-        checks.append((check_integer, "model.window", {}))
     for check, name, limits in checks:
         section, field = name.split(".")
         if field in config[section]:
@@ -165,11 +163,12 @@ def _problems_of_fields(config: ConfigDict) -> Iterator[str]:
 
 def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
     model, data = config.model, config.data
-    if model.num_heads % model.num_kv_heads:
-        yield (
-            f"--config.model.num_heads {model.num_heads} is no multiple of num_kv_heads "
-            f"{model.num_kv_heads}: each key/value head serves as many query heads"
-        )
+    try:
+        TransformerConfig(**model.to_dict())
+    except ValueError as error:
+        yield f"--config.model.{error}"  # It begins with the field.
+    if model.get("block") == "parallel" and config.task == "translation":
+        yield "--config.model.block parallel leaves no place for what a translation attends to"
     for side in ("source", "target"):
         if (length := data[f"{side}_length"]) > model.max_length:
             yield (
