@@ -32,13 +32,13 @@ def define_config(values: flags.FlagValues) -> None:
     """The flag of a config, and of its fields."""
     config_flags.DEFINE_config_file(
         "config",
-        help_string=f"one that is shipped ({', '.join(shipped())}) or FILE.py, with "
+        help_string=f"one that is shipped ({', '.join(shipped_names())}) or FILE.py, with "
         ":VARIANT behind it where it has variants; --config.model.a=b behind it sets a field",
         flag_values=values,
     )
 
 
-def shipped() -> list[str]:
+def shipped_names() -> list[str]:
     """The names of the configs that come with the package."""
     return sorted(file.stem for file in SHIPPED.glob("[!_]*.py"))
 
@@ -130,7 +130,7 @@ def find_config(text: str) -> str:
         if str(path.parent) not in (".", "configs") or not shipped.is_file():
             raise ValueError(
                 f"there is no config {name!r}: give the path of a file of your own, or the name of "
-                f"one that is shipped: {', '.join(shipped())}"
+                f"one that is shipped: {', '.join(shipped_names())}"
             )
         path = shipped
     return f"{path}{colon}{variant}"
