@@ -50,6 +50,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(project, number, processe
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices(project):
     """Stopped on one, resumed on four: the same batches and parameters, and sums to rounding."""
     with Running(project, "moved", setup=SLOWLY) as stopped:
@@ -106,6 +107,7 @@ def test_a_skipped_step_is_logged_and_the_run_goes_on(project):
     assert checkpoints(skipped.workdir) == [6, 8]
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_end_the_run_before_them(project):
     """At once, though metrics are fetched late; with good batches it then goes on as ever."""
     options = ["--config.train.max_skipped_steps=3", "--config.train.log_every=8"]
@@ -119,6 +121,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_before_them(project):
     assert ours["loss"] == theirs["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_are_all_skipped_does_not_end_well(project):
     """Though there are fewer of them than may be skipped in a row."""
     with Running(project, "nothing", setup=BAD_BATCHES % set(range(8))) as nothing:
@@ -139,6 +142,7 @@ loader.eval_batches = eval_batches
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_is_made_up_for(project):
     """Of the last step too, whose checkpoint says that the run is done; and not twice."""
     kill = IN_EVALUATION % "os.kill(os.getpid(), signal.SIGKILL)"
@@ -158,6 +162,7 @@ def test_an_evaluation_that_was_killed_is_made_up_for(project):
     assert {**made_up, "time": 0} == {**before, "time": 0}
 
 
+@pytest.mark.slow
 def test_a_run_whose_validation_is_not_finite_does_not_end_well(project):
     bad = IN_EVALUATION % "batch = batch | {'target_tokens': batch['target_tokens'] + 9999}"
     for _ in range(2):  # The second time, all steps are done.

@@ -125,6 +125,7 @@ def test_trained_on_eight_decoded_on_one_gone_on_with_on_two(project, tmp_path, 
     assert last[0] == last[1]
 
 
+@pytest.mark.slow
 def test_any_folder_will_do(tmp_path):
     """Brackets, which are patterns, blanks, and what is no ASCII, in a parent's name too."""
     project = tmp_path / "my [new] project* {ü} 100%"
@@ -151,6 +152,7 @@ def test_decoding_with_other_files_than_was_trained_with_is_refused(project, tmp
         assert reason in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["a damaged record", "an evaluation"])
 def test_an_error_keeps_the_checkpoint_under_way_and_is_the_last_word(project, error):
     where = {

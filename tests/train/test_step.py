@@ -161,7 +161,9 @@ def test_a_state_on_no_mesh():
         make_train_step(model, GRADIENT_DESCENT, state, seed=0)
 
 
-@both_tasks
+@pytest.mark.parametrize(
+    "task", [pytest.param("translation", marks=pytest.mark.slow), "language_model"]
+)
 def test_rematerialization_saves_memory_and_changes_nothing(task):
     batch, results, memory, remats = put(random_batch()), [], [], []
     for remat in (False, True):
