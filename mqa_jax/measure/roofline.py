@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,16 +168,14 @@ def step_weights(model: Model) -> list:
 
 def _step_weights(model: Model) -> Iterator[tuple[str, Any]]:
     """Names and arrays."""
-    yield "softmax", model.softmax_weight[...]
-    if model.logits_bias is not None:
-        yield "logits_bias", model.logits_bias[...]
-    for path, x in jax.tree.leaves_with_path(nnx.state(model.decoder)):
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        is_projected_once = "cross_attention" in names and any(
-            name.startswith(("key", "value")) for name in names
-        )
-        if names[0] != "embedder" and not is_projected_once:
-            yield "/".join(names), x
+    softmax = "embedding" if model.softmax is None else "softmax"
+    for path, x in jax.tree.leaves_with_path(nnx.state(model)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        first, second = f"{name}/".split("/")[:2]
+        is_projected_once = re.search("/cross_attention/(key|value)", name)
+        is_of_decoder = first == "decoder" and second != "embedder" and not is_projected_once
+        if is_of_decoder or first in (softmax, "logits_bias"):
+            yield name, x
 
 
 def weight_bytes(model: Model) -> int:
@@ -201,7 +200,7 @@ def step_flops(model: Model, caches: Any, rows: int) -> int:
     products = sum(
         2 * x.size
         for name, x in _step_weights(model)
-        if x.ndim > 1 and not name.endswith("bias") and not name.startswith("positions")
+        if x.ndim > 1 and not name.endswith("bias") and "positions" not in name
     )
     attention = 0
     for cache in _caches(caches):

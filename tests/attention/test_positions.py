@@ -136,7 +136,7 @@ def test_sinusoids_are_sines_then_cosines():
 def slopes(query_positions_BT, key_positions_BS):
     """A bias of one's own, that of ALiBi (Press et al. 2022)."""
     distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None]
-    slope_N = 2.0 ** -jnp.arange(1, N + 1)
+    slope_N = 2.0 ** -jnp.arange(1.0, N + 1)
     return -slope_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
 
 

@@ -143,7 +143,9 @@ def test_caches_of_a_dtype_of_their_own(dtype):
     + [("param_dtype", "int32"), ("head_dim", 4.0), ("max_length", -1)],
 )
 def test_a_config_is_checked_before_any_weight_is_made(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be .*, not|{field} must be True or False"):
+    with pytest.raises(
+        ValueError, match=f"{field} must be .*, not|remat 1 is not one of False, True"
+    ):
         dataclasses.replace(CONFIG, **{field: value})
 
 
