@@ -79,7 +79,7 @@ def check_mask(mask: ArrayLike, shape_BNTS: tuple[int, int, int, int]) -> Array:
     return jnp.asarray(mask)
 
 
-def check_bias(bias: ArrayLike, shape_BNTS: tuple[int, int, int, int]) -> Array:
+def check_bias(bias: ArrayLike, shape_BNTS: tuple[int, ...]) -> Array:
     """`bias` as an array, if it is of floats and broadcasts to the shape."""
     array = as_floats("bias", bias)
     fits = array.ndim == 4 and all(

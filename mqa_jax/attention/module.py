@@ -131,8 +131,7 @@ class Attention(Projections):
                         f"positions_BT must be [B, T] = {[batch, length]} (or one row for all), "
                         f"not {list(at_BT.shape)}"
                     )
-        if bias is not None:
-            bias = check_bias(bias(at_BT, at_BT) if callable(bias) else bias, shape_BNTS)
+        added = _bias(bias, at_BT, at_BT, shape_BNTS)
         if is_causal or self.window is not None:
             positions = jnp.arange(length)[None]
             causal = causal_mask(positions, positions, self.window)
@@ -140,13 +139,13 @@ class Attention(Projections):
         rngs = self.dropout.drops_with(rngs)
         dropout = None if rngs is None else functools.partial(self.dropout, rngs=rngs)
         if mask is None:
-            return self._attend(x_BTD, source_BSD, None, bias, at_BT, dropout)
+            return self._attend(x_BTD, source_BSD, None, added, at_BT, dropout)
         # What is hidden may be NaN, but no product may see it, and no gradient of one either.
         x_BTD, is_bad_BT = finite(x_BTD.astype(self.dtype))
         source_BSD, is_bad_BS = (
             finite(source_BSD.astype(self.dtype)) if is_cross else (x_BTD, is_bad_BT)
         )
-        output_BTD = self._attend(x_BTD, source_BSD, mask, bias, at_BT, dropout)
+        output_BTD = self._attend(x_BTD, source_BSD, mask, added, at_BT, dropout)
         sees_bad_BT = jnp.any(mask & is_bad_BS[:, None, None], axis=(1, 3))
         return spoil(output_BTD, is_bad_BT | sees_bad_BT)
 
@@ -161,11 +160,12 @@ class Attention(Projections):
     ) -> Array:
         query_BTNH = self.project_query(x_BTD, positions_BT)
         key_BSKH, value_BSKH = self.project_key_value(source_BSD, positions_BT)
-        arrays = query_BTNH, heads_first(key_BSKH), heads_first(value_BSKH), mask
+        arrays = query_BTNH, heads_first(key_BSKH), heads_first(value_BSKH)
+        logits = self._logits(bias)
         if mask is None:
-            return self.project_output(attend_finite(*arrays, self._logits(bias), dropout))
+            return self.project_output(attend_finite(*arrays, None, logits, dropout))
         # What went in is finite; a product of it need not be.
-        output_BTNH, is_bad_BTN = attend_seen(*arrays, self._logits(bias), dropout)
+        output_BTNH, is_bad_BTN = attend_seen(*arrays, mask, logits, dropout)
         return spoil(self.project_output(output_BTNH), jnp.any(is_bad_BTN, axis=2))
 
     @automatic(lambda self, batch, **_: _cache_spec(self, batch))
@@ -267,10 +267,8 @@ class Attention(Projections):
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
         # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
         end_B = jnp.minimum(new_cache.length, key_BKSH.shape[2]) if length == 1 else None
-        added = None
-        if bias is not None:
-            shape_BNTS = batch, query_BTNH.shape[2], length, key_BKSH.shape[2]
-            added = check_bias(bias(query_positions_BT, key_positions_BS), shape_BNTS)
+        shape_BNTS = batch, query_BTNH.shape[2], length, key_BKSH.shape[2]
+        added = _bias(bias, query_positions_BT, key_positions_BS, shape_BNTS)
         output_BTNH = attend_to_cache(
             query_BTNH, key_BKSH, value_BKSH, mask, end_B, self._logits(added)
         )
@@ -293,13 +291,11 @@ class Attention(Projections):
                 *self.project_key_value(x_R1D, position_R1),
             )
         )
-        added = None
-        if bias is not None:
-            # In each lane a token lies in the slot of its position.
-            key_positions_1S = jnp.tile(jnp.arange(slots), beam_size)[None]
-            added = bias(position_R1.reshape(batch, beam_size), key_positions_1S)
-            shape_BNbS = batch, query_BbNH.shape[2], beam_size, beam_size * slots
-            added = check_bias(added, shape_BNbS)
+        # In each lane a token lies in the slot of its position.
+        key_positions_1S = jnp.tile(jnp.arange(slots), beam_size)[None]
+        query_positions_Bb = position_R1.reshape(batch, beam_size)
+        shape_BNbS = batch, query_BbNH.shape[2], beam_size, beam_size * slots
+        added = _bias(bias, query_positions_Bb, key_positions_1S, shape_BNbS)
         cache, key_BKSH, value_BKSH, mask, is_lost_Bb = cache.append(key_BbKH, value_BbKH)
         output_BbNH = attend_to_cache(
             query_BbNH, key_BKSH, value_BKSH, mask, logits=self._logits(added)
@@ -383,6 +379,15 @@ class Attention(Projections):
             hint = " (one row: x[None])" if x.ndim == 2 else ""
             raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}{hint}")
         return x
+
+
+def _bias(
+    bias: Bias | None, query_positions: Any, key_positions: Any, shape_BNTS: tuple[int, ...]
+) -> Array | None:
+    """A bias that was given, or that a function makes of positions."""
+    if callable(bias):
+        bias = bias(query_positions, key_positions)
+    return None if bias is None else check_bias(bias, shape_BNTS)
 
 
 def without_padding(x_BTD: Array, is_token_BT: Array) -> Array:

@@ -162,8 +162,8 @@ class RelativeBias(nnx.Module):
         share = np.log(far / exact) / math.log(self.distance / exact)
         large = np.minimum(exact + np.floor(share * (self.side - exact)), self.side - 1)
         bucket_of = jnp.asarray(np.where(far < exact, np.arange(len(far)), large), jnp.int32)
-        far = jnp.abs(offset) if self.bidirectional else jnp.maximum(-offset, 0)
-        bucket = bucket_of[jnp.minimum(far, self.distance)]
+        distance = jnp.abs(offset) if self.bidirectional else jnp.maximum(-offset, 0)
+        bucket = bucket_of[jnp.minimum(distance, self.distance)]
         if self.bidirectional:
             bucket = jnp.where(offset > 0, bucket + self.side, bucket)
         return bucket

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention.cache import CrossCache
 from mqa_jax.attention.masks import padding_mask, segment_mask
-from mqa_jax.attention.module import SelfCache, without_padding
+from mqa_jax.attention.module import Attention, SelfCache, without_padding
 from mqa_jax.attention.positions import RelativeBias, sinusoids
 from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.checks import check_integer
@@ -25,7 +25,7 @@ from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.norms import Norm
 from mqa_jax.core.sharding import over_batch
 from mqa_jax.model.config import TransformerConfig
-from mqa_jax.model.layers import Embedding
+from mqa_jax.model.layers import Embedding, FeedForward
 
 
 class _Embedder(nnx.Module):
@@ -101,6 +101,10 @@ def normed(norm: Norm | None, x_BTD: Array) -> Array:
 class _Layer(nnx.Module):
     """Sublayers, and how each adds to what comes in. The subclasses say what the sublayers see."""
 
+    attention: Attention
+    attention_norm: Norm
+    feed_forward: FeedForward
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -122,12 +126,12 @@ class _Layer(nnx.Module):
     ) -> Array:
         """The output for `x_BTD`, from the sublayers in front of the feed-forward one."""
         drop = functools.partial(self.dropout, rngs=rngs)
-        feed_forward = functools.partial(self.feed_forward, rngs=rngs)
+        feed_forward: Callable[[Array], Array] = functools.partial(self.feed_forward, rngs=rngs)
         if self.block == "parallel":
             y_BTD = self.attention_norm(x_BTD)
             z_BTD = self.feed_forward_norm(x_BTD) if hasattr(self, "feed_forward_norm") else y_BTD
             return x_BTD + drop(sublayers["attention"](y_BTD)) + drop(feed_forward(z_BTD))
-        for name, sublayer in (*sublayers.items(), ("feed_forward", feed_forward)):
+        for name, sublayer in {**sublayers, "feed_forward": feed_forward}.items():
             norm = getattr(self, f"{name}_norm")
             if self.block == "post":
                 x_BTD = norm(x_BTD + drop(sublayer(x_BTD)))
@@ -162,6 +166,8 @@ class _EncoderLayer(_Layer):
 
 
 class _DecoderLayer(_Layer):
+    cross_attention: Attention
+
     def __init__(
         self, config: TransformerConfig, window: int | None, has_memory: bool, rngs: nnx.Rngs
     ):
