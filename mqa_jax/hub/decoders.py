@@ -10,7 +10,6 @@ from mqa_jax.hub.family import (
     head_dim,
     layer_types,
     rope_keys,
-    windows,
     written,
 )
 from mqa_jax.hub.keys import Keys
@@ -112,7 +111,7 @@ def _read_qwen3(keys: Keys, sizes: Fields) -> Fields:
 
 
 def _write_qwen(config: TransformerConfig) -> Fields:
-    by_layer = windows(config)
+    by_layer = config.windows
     layers = [i for i, window in enumerate(by_layer) if window]
     return _write_llama(config) | dict(
         use_sliding_window=bool(layers),
@@ -172,7 +171,7 @@ def _read_gemma2(keys: Keys, sizes: Fields) -> Fields:
 
 
 def _write_gemma2(config: TransformerConfig) -> Fields:
-    by_layer, scale = windows(config), config.attention_scale or config.head_dim**-0.5
+    by_layer, scale = config.windows, config.attention_scale or config.head_dim**-0.5
     scalar = scale**-2
     return _write_gemma(config) | dict(
         # A whole number, but for the rounding of the root.

@@ -71,12 +71,6 @@ def written(activation: str, **words: str) -> str:
     return {**plain, **words}.get(activation, activation)
 
 
-def windows(config: TransformerConfig) -> tuple[int | None, ...]:
-    if isinstance(config.window, tuple):
-        return config.window
-    return (config.window,) * config.num_layers
-
-
 def layer_types(windows: tuple[int | None, ...]) -> list[str]:
     return ["sliding_attention" if window else "full_attention" for window in windows]
 

@@ -60,7 +60,7 @@ class Tensor:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)} in {self.file.name}"
+        return f"{self.dtype} {list(self.shape)} in {self.file}"
 
 
 class Directory:
@@ -107,17 +107,17 @@ class Directory:
         pickles = sorted({p.name for pattern in _PICKLES for p in self.path.glob(pattern)})
         if pickles:
             raise ValueError(
-                f"{self.path} has its weights as {', '.join(pickles)} alone. Of those, pickles can "
-                f"run any program when they are read, so none is: convert {WEIGHTS} from it where "
-                f"torch is installed, in that directory: {_CONVERT}"
+                f"{self.path} has its weights as {', '.join(pickles)} alone. A pickle can run any "
+                f"program when it is read, so none is: make {WEIGHTS} of it where torch is "
+                f"installed, in that directory: {_CONVERT}"
             )
         raise ValueError(f"{self.path} has no weights: neither {WEIGHTS} nor {INDEX} is there")
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, in the dtype of the file.
+    def floats(self, name: str) -> Tensor:
+        """A tensor that is of numbers that weights are made of.
 
         Raises:
-          ValueError: it is not of floats, or holds NaN or infinity.
+          ValueError: it is not.
         """
         tensor = self.tensors[name]
         if tensor.dtype not in FLOATS:
@@ -125,32 +125,42 @@ class Directory:
                 f"{name} is {tensor}: integers and eight bits are of quantized checkpoints, which "
                 "are not read: take one with weights in bfloat16, float16 or float32"
             )
-        array = self._tensor(name)
+        return tensor
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in the dtype of the file.
+
+        Raises:
+          ValueError: it is not of floats, or holds NaN or infinity.
+        """
+        file = self.floats(name).file
+        array = self._open(file).get_tensor(name)
         if not is_finite(array):
             raise ValueError(
-                f"{name} in {tensor.file} holds NaN or infinity: the file is damaged, or the "
-                "training that wrote it had diverged"
+                f"{name} in {file} holds NaN or infinity: the file is damaged, or the training "
+                "that wrote it had diverged"
             )
         return array
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same; of large ones rarely more than a part is read."""
-        a, b = self.tensors[name], self.tensors[other]
+        a, b = self.floats(name), self.floats(other)
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
         if not a.shape:
-            return bool(self._tensor(name) == self._tensor(other))
+            return bool(self.read(name) == self.read(other))
         slices = [self._open(t.file).get_slice(n) for n, t in ((name, a), (other, b))]
-        rows = max(1, _CHUNK // max(1, math.prod(a.shape[1:])))
-        ends = (slice(start, min(start + rows, a.shape[0])) for start in range(0, a.shape[0], rows))
-        return all(np.array_equal(*(part[rows] for part in slices)) for rows in ends)
-
-    def _tensor(self, name: str) -> np.ndarray:
-        return self._open(self.tensors[name].file).get_tensor(name)
+        step = max(1, _CHUNK // max(1, math.prod(a.shape[1:])))
+        starts = range(0, a.shape[0], step)
+        spans = (slice(start, min(start + step, a.shape[0])) for start in starts)
+        return all(np.array_equal(*(part[span] for part in slices)) for span in spans)
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:
-            self._opened[file] = safetensors.safe_open(file, framework="np")
+            try:
+                self._opened[file] = safetensors.safe_open(file, framework="np")
+            except safetensors.SafetensorError as error:
+                raise _damaged(file, str(error)) from None
         return self._opened[file]
 
 
@@ -207,9 +217,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
       ValueError: the file is damaged, or another format.
     """
 
-    def damaged(why: str) -> ValueError:
-        return ValueError(f"{path} is damaged, or no safetensors file: {why}")
-
+    damaged = functools.partial(_damaged, path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -243,6 +251,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if end != size - 8 - length:
         raise damaged(f"its tensors have {end} bytes, but {size - 8 - length} are there")
     return tensors
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged, or no safetensors file: {why}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

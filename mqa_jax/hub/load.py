@@ -16,7 +16,7 @@ from mqa_jax.core.checks import check_integer
 from mqa_jax.core.sharding import ShardingRules
 from mqa_jax.hub.families import read_options
 from mqa_jax.hub.family import Family
-from mqa_jax.hub.files import CONFIG, FLOATS, Directory
+from mqa_jax.hub.files import CONFIG, Directory
 from mqa_jax.hub.generation import Generation, read_generation
 from mqa_jax.hub.tensors import Stored, is_norm, stored_weights
 from mqa_jax.hub.tokenizer import Tokenizer, load_tokenizer
@@ -85,7 +85,7 @@ def load(
     graphdef, state = nnx.split(model)
     abstract = weights_by_path(state)
     stored = stored_weights(family, config, {path: x.shape for path, x in abstract.items()})
-    sources = _sources(family, files, named, stored, table)
+    sources = _sources(family, config, files, named, stored, table)
     weights = {}
     # File by file, as disks are read from front to back.
     for source, tensor in sorted(sources.items(), key=lambda item: _place(files, item[0])):
@@ -192,6 +192,7 @@ def _table(
 
 def _sources(
     family: Family,
+    config: TransformerConfig,
     files: Directory,
     named: Mapping[str, str],
     stored: Mapping[str, Stored],
@@ -210,34 +211,26 @@ def _sources(
             sources[named[name]] = tensor
         else:
             raise _missing(files, name)
-    copies = {*family.tables, family_table(family, stored), SOFTMAX}
+    copies = {*family.tables, family.names(config)["embedding"] + ".weight", SOFTMAX}
     extra = [
         name
         for full, name in named.items()
         if name not in sources and full not in copies and not _is_ignored(family, full, files, name)
     ]
     if extra:
-        count = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        count = f" (of {len(extra)} such)" if len(extra) > 1 else ""
         raise ValueError(
-            f"{files.path} has {extra[0]}, {tensors[extra[0]]}{count}, which the model of its "
-            f"{CONFIG} has no place for: they do not belong together, or a key is missing there"
+            f"{files.path} has {extra[0]}, {tensors[extra[0]]}{count}, but the model of its "
+            f"{CONFIG}, of {config.num_layers} layers, has no place for it: they do not belong "
+            "together, or a key is missing there"
         )
     for name, tensor in sources.items():
-        found = tensors[name]
+        found = files.floats(name)
         if found.shape != tensor.shape:
             raise ValueError(
                 f"{name} is {found}, but by {files.path / CONFIG} it must be {list(tensor.shape)}"
             )
-        if found.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} is {found}: integers and eight bits are of quantized checkpoints, which "
-                "are not read: take one with weights in bfloat16, float16 or float32"
-            )
     return sources
-
-
-def family_table(family: Family, stored: Mapping[str, Stored]) -> str:
-    return next(name for name, tensor in stored.items() if "embedding.table" in tensor.weights)
 
 
 def _missing(files: Directory, name: str) -> ValueError:

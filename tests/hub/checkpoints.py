@@ -210,7 +210,7 @@ def values(name: str, shape: list[int]) -> np.ndarray:
     """The values of a weight, which follow from its name; of about the size that they have."""
     normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     deviation = 1.0 if len(shape) < 2 or "embed" in name else shape[-1] ** -0.5
-    return (0.5 * normal * deviation).astype(np.float32)
+    return np.asarray(0.5 * normal * deviation, np.float32)
 
 
 @functools.cache

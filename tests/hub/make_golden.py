@@ -14,7 +14,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import CONFIGS, IDS, TARGETS, values  # noqa: E402
+from checkpoints import CONFIGS, IDS, TARGETS, values
 
 
 def golden(name: str) -> dict:
