@@ -137,7 +137,7 @@ def _write_starcoder2(config: TransformerConfig) -> Fields:
     return rope_keys(config) | dict(
         num_key_value_heads=config.num_kv_heads,
         norm_epsilon=config.norm_epsilon,
-        sliding_window=config.window,
+        sliding_window=config.window if isinstance(config.window, int) else None,
         use_bias=bool(config.bias),
         hidden_act=written(config.activation),
     )
