@@ -1,17 +1,15 @@
-"""Checkpoints to read: tiny ones of every family, made here, and larger ones where they are found.
+"""Tiny checkpoints of every family.
 
 The configs are of version 4, as nearly all files of the hub are.
 """
 
 import functools
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import safetensors.numpy
 
 # Prompt, or source, and target ids of the golden logits.
@@ -235,20 +233,3 @@ def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     """A file with any header, true or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
-
-
-# Where the large cases are: named, or beside the checkout.
-def _cases() -> Path | None:
-    if named := os.environ.get("MQA_JAX_HUB_CASES"):
-        return Path(named)
-    root = Path(__file__).parents[2]
-    places = [root / up / "shared/hub/cases" for up in ("..", "../..")]
-    return next((place for place in places if place.is_dir()), None)
-
-
-CASES = _cases()
-CASE_NAMES = sorted(p.parent.name for p in CASES.glob("*/expected.npz")) if CASES else []
-NEGATIVE = sorted(p.parent.name for p in CASES.glob("negative/*/why.txt")) if CASES else []
-needs_cases = pytest.mark.skipif(
-    CASES is None, reason="no ../shared/hub/cases: name their folder in MQA_JAX_HUB_CASES"
-)
