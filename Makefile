@@ -45,9 +45,8 @@ figures: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# One process, since what is slow uses both cores by itself.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # Into site/; `$(BIN)/mkdocs serve` shows it while it is written.
 docs: $(INSTALLED)

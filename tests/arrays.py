@@ -7,7 +7,11 @@ import numpy as np
 
 # float32: a few roundings of sums of at most 11 terms. bfloat16 keeps 8 bits: weights and output
 # are each rounded once (2 ** -8 relative to values of about 1), the gradients some times more.
-TOLERANCE = {"float32": dict(rtol=1e-5, atol=1e-5), "bfloat16": dict(rtol=4e-2, atol=4e-2)}
+TOLERANCE = {
+    "float32": dict(rtol=1e-5, atol=1e-5),
+    "bfloat16": dict(rtol=4e-2, atol=4e-2),
+    "float16": dict(rtol=5e-3, atol=5e-3),
+}
 
 to_float = functools.partial(np.asarray, dtype=np.float64)
 

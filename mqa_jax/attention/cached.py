@@ -20,7 +20,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from mqa_jax.attention.functional import attend
+from mqa_jax.attention.functional import PLAIN, Logits, attend
 from mqa_jax.core.sharding import decode_axes
 
 # The platform that has a kernel, as JAX names it.
@@ -36,15 +36,19 @@ def attend_to_cache(
     value_BKSH: Array,
     mask_B1TS: Array,
     end_B: Array | None = None,
+    logits: Logits = PLAIN,
 ) -> Array:
     """As `attend`, with a kernel of its own for few queries on a GPU.
 
     Where the mask shows nothing but the first slots of each row, `end_B` says how many. The kernel
-    has no gradient: that of `attend` is taken.
+    has no gradient: that of `attend` is taken. It knows a scale (a plain number), but neither bias
+    nor softcap.
     """
-    if not is_supported(query_BTNH, key_BKSH):
-        return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
-    return _compiled(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM)
+    is_plain = logits.bias is None and logits.softcap is None
+    if not is_plain or not is_supported(query_BTNH, key_BKSH):
+        return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, logits)
+    scale = query_BTNH.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+    return _compiled(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM, scale)
 
 
 def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
@@ -57,7 +61,7 @@ def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _choose(
     query_BTNH: Array,
     key_BKSH: Array,
@@ -65,19 +69,23 @@ def _choose(
     mask_B1TS: Array,
     end_B: Array | None,
     platform: str,
+    scale: float,
 ) -> Array:
     arrays = query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B
-    return lax.platform_dependent(*arrays, default=_plain, **{platform: _kernel})
+    plain, kernel = (functools.partial(function, scale=scale) for function in (_plain, _kernel))
+    return lax.platform_dependent(*arrays, default=plain, **{platform: kernel})
 
 
 @_choose.defjvp
-def _choose_jvp(platform: str, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return jax.jvp(_plain, primals, tangents)
+def _choose_jvp(
+    platform: str, scale: float, primals: tuple, tangents: tuple
+) -> tuple[Array, Array]:
+    return jax.jvp(functools.partial(_plain, scale=scale), primals, tangents)
 
 
 # Outside of a program each operation would be one of its own, lowered for the platform that JAX
 # prefers and not for the one that the arrays are on.
-_compiled = jax.jit(_choose, static_argnums=5)
+_compiled = jax.jit(_choose, static_argnums=(5, 6))
 
 
 def _plain(
@@ -86,8 +94,10 @@ def _plain(
     value_BKSH: Array,
     mask_B1TS: Array,
     end_B: Array | None = None,
+    *,
+    scale: float,
 ) -> Array:
-    return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS)
+    return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, Logits(scale))
 
 
 def _kernel(
@@ -96,18 +106,20 @@ def _kernel(
     value_BKSH: Array,
     mask_B1TS: Array,
     end_B: Array | None = None,
+    *,
+    scale: float,
 ) -> Array:
     """The primitive, on each device of a mesh its own part."""
     arrays = [query_BTNH, key_BKSH, value_BKSH, mask_B1TS]
     arrays += [] if end_B is None else [end_B]
     mesh = _mesh(arrays)
     if mesh is None:
-        return flash_decode_p.bind(*arrays)
+        return flash_decode_p.bind(*arrays, scale=scale)
     rows, _, num_heads, _ = query_BTNH.shape
     batch, heads, kv_heads = decode_axes(mesh, rows, num_heads, key_BKSH.shape[1])
     query, key = P(batch, None, heads, None), P(batch, kv_heads, None, None)
     mapped = jax.shard_map(
-        flash_decode_p.bind,
+        functools.partial(flash_decode_p.bind, scale=scale),
         mesh=mesh,
         in_specs=(query, key, key, P(batch), *[P(batch)] * (end_B is not None)),
         out_specs=query,
@@ -129,16 +141,16 @@ flash_decode_p = Primitive("flash_decode")
 
 
 @flash_decode_p.def_abstract_eval
-def _abstract_eval(query_BTNH: Any, *_: Any) -> Any:
+def _abstract_eval(query_BTNH: Any, *_: Any, scale: float) -> Any:
     return query_BTNH
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *values: Any) -> Any:
+def _lower(ctx: mlir.LoweringRuleContext, *values: Any, scale: float) -> Any:
     """The kernel where a program is for one GPU, or for its part; else what XLA can take apart."""
     is_for_it = tuple(ctx.platforms or ctx.module_context.platforms) == (PLATFORM,)
     if not is_for_it or not _is_for_one_device(ctx) or not _compiles():
-        return mlir.lower_fun(_plain, multiple_results=False)(ctx, *values)
-    return mlir.lower_fun(_local_kernel, multiple_results=False)(ctx, *values)
+        return mlir.lower_fun(_plain, multiple_results=False)(ctx, *values, scale=scale)
+    return mlir.lower_fun(_local_kernel, multiple_results=False)(ctx, *values, scale=scale)
 
 
 def _is_for_one_device(ctx: mlir.LoweringRuleContext) -> bool:
@@ -168,6 +180,8 @@ def _local_kernel(
     value_BKSH: Array,
     mask_B1TS: Array,
     end_B: Array | None = None,
+    *,
+    scale: float,
 ) -> Array:
     from mqa_jax.attention.kernels import gpu  # Pallas takes its time to import.
 
@@ -177,11 +191,11 @@ def _local_kernel(
         value_BKSH,
         mask_BTS=mask_B1TS[:, 0] if end_B is None else None,
         end_B=end_B,
-        scale=query_BTNH.shape[-1] ** -0.5,
+        scale=scale,
     )
 
 
-def _batch(arrays: tuple, dims: tuple) -> tuple[Array, int]:
+def _batch(arrays: tuple, dims: tuple, *, scale: float) -> tuple[Array, int]:
     """What `jax.vmap` adds is more rows of the batch."""
     size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
 
@@ -189,7 +203,7 @@ def _batch(arrays: tuple, dims: tuple) -> tuple[Array, int]:
         x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         return x.reshape(-1, *x.shape[2:])
 
-    output = flash_decode_p.bind(*map(rows, arrays, dims))
+    output = flash_decode_p.bind(*map(rows, arrays, dims), scale=scale)
     return output.reshape(size, -1, *output.shape[1:]), 0
 
 

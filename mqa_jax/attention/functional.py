@@ -10,6 +10,8 @@ Array letters, those of `jax.nn.dot_product_attention`:
   G query heads per key/value head   R rows, G * T   H head dim
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from mqa_jax.attention.masks import causal_mask, check_mask, check_window
+from mqa_jax.attention.masks import causal_mask, check_bias, check_mask, check_window
 from mqa_jax.core.arrays import as_floats
 from mqa_jax.core.checks import check_number
 from mqa_jax.core.explicit import automatic, spec
@@ -28,6 +30,36 @@ from mqa_jax.core.linear import FEW_ROWS
 QUERY_BLOCK = 512
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("scale", "bias"), meta_fields=("softcap",)
+)
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """What becomes of the products of queries with keys before the softmax.
+
+    Attributes:
+      scale: what they are multiplied by; `H ** -0.5` when None.
+      bias: what is added then, `[B, N, T, S]`, of which axes but the last may be 1.
+      softcap: what bounds them then: `c tanh(x / c)`.
+    """
+
+    scale: float | Array | None = None
+    bias: Array | None = None
+    softcap: float | None = None
+
+    def __call__(self, product_BKGTS: Array, head_dim: int) -> Array:
+        logits_BKGTS = product_BKGTS * (head_dim**-0.5 if self.scale is None else self.scale)
+        if self.bias is not None:
+            bias_BKGTS = by_group(self.bias, product_BKGTS.shape[1])
+            logits_BKGTS += bias_BKGTS.astype(logits_BKGTS.dtype)
+        if self.softcap is not None:
+            logits_BKGTS = self.softcap * jnp.tanh(logits_BKGTS / self.softcap)
+        return logits_BKGTS
+
+
+PLAIN = Logits()
+
+
 @automatic(lambda query_BTNH, **_: spec(query_BTNH))
 def dot_product_attention(
     query_BTNH: ArrayLike,
@@ -35,9 +67,11 @@ def dot_product_attention(
     value_BSKH: ArrayLike,
     *,
     mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     is_causal: bool = False,
     window: int | None = None,
     scale: float | Array | None = None,
+    softcap: float | None = None,
 ) -> Array:
     """Scaled dot-product attention in which `N / K` query heads share each key/value head.
 
@@ -54,18 +88,22 @@ def dot_product_attention(
       value_BSKH: values, of the keys' shape.
       mask: bool, broadcastable to `[B, N, T, S]` and of rank 4; True = attend. A query that may
         attend to nothing yields zeros, with a zero gradient.
+      bias: floats, broadcastable to `[B, N, T, S]` and of rank 4, added to the scaled logits. To
+        hide keys use the mask: a bias of minus infinity does not keep a NaN out.
       is_causal: query `t` sees keys `0..t`; needs `T == S`.
       window: query `t` sees keys `t - window + 1 .. t`, causal by itself; needs `T == S` (the
         paper's local attention, section 4.1, has `window = 32`).
       scale: what the logits are multiplied by; `H ** -0.5` when None.
+      softcap: bounds the logits, bias included: `softcap * tanh(logits / softcap)`, above 0
+        (Gemma 2).
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries; zeros where there are no keys (`S = 0`).
 
     Raises:
       ValueError: arrays that are not floats, shapes that do not fit, a mask that is not bool, a
-        window below 1, a scale that is not finite, or a causal rule for `T != S` (which key the
-        first query stands at would be a guess: pass a mask).
+        window below 1, a scale that is not finite, a softcap not above 0, or a causal rule for
+        `T != S` (which key the first query stands at would be a guess: pass a mask).
     """
     query_BTNH = as_floats("query_BTNH", query_BTNH)
     key_BSKH, value_BSKH = as_floats("key_BSKH", key_BSKH), as_floats("value_BSKH", value_BSKH)
@@ -75,9 +113,14 @@ def dot_product_attention(
             raise ValueError(f"scale must be one number, not {scale}")
     elif scale is not None:
         scale = check_number("scale", scale)
+    if softcap is not None:
+        softcap = check_number("softcap", softcap, above=0)
     batch, length = query_BTNH.shape[:2]
+    shape_BNTS = batch, query_BTNH.shape[2], length, key_BSKH.shape[1]
     if mask is not None:
-        mask = check_mask(mask, (batch, query_BTNH.shape[2], length, key_BSKH.shape[1]))
+        mask = check_mask(mask, shape_BNTS)
+    if bias is not None:
+        bias = check_bias(bias, shape_BNTS)
     check_window(window)
     if is_causal or window is not None:
         if length != key_BSKH.shape[1]:
@@ -93,7 +136,8 @@ def dot_product_attention(
     dtypes = (x.dtype for x in (query_BTNH, key_BSKH, value_BSKH))
     dtype = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
     key_BKSH, value_BKSH = (heads_first(x.astype(dtype)) for x in (key_BSKH, value_BSKH))
-    output_BTNH = attend(query_BTNH.astype(dtype), key_BKSH, value_BKSH, mask, scale)
+    logits = Logits(scale, bias, softcap)
+    output_BTNH = attend(query_BTNH.astype(dtype), key_BKSH, value_BKSH, mask, logits)
     return output_BTNH.astype(query_BTNH.dtype)
 
 
@@ -102,7 +146,7 @@ def attend(
     key_BKSH: Array,
     value_BKSH: Array,
     mask: Array | None,
-    scale: float | Array | None = None,
+    logits: Logits = PLAIN,
 ) -> Array:
     """As `dot_product_attention`, of what is checked already; keys and values in cache layout.
 
@@ -110,16 +154,15 @@ def attend(
     values may be of another dtype than the queries: they are read as they are.
     """
     if mask is None or 0 in (query_BTNH.size, key_BKSH.size):
-        return attend_finite(query_BTNH, key_BKSH, value_BKSH, None, scale)
-    scale = jnp.asarray(query_BTNH.shape[-1] ** -0.5 if scale is None else scale, jnp.float32)
-    return _attend_masked(query_BTNH, key_BKSH, value_BKSH, scale, mask)
+        return attend_finite(query_BTNH, key_BKSH, value_BKSH, None, logits)
+    return _attend_masked(query_BTNH, key_BKSH, value_BKSH, logits, mask)
 
 
 @jax.custom_jvp
 def _attend_masked(
-    query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, scale: Array, mask: Array
+    query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, logits: Logits, mask: Array
 ) -> Array:
-    return attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale, hides_finite=False)
+    return attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, logits, hides_finite=False)
 
 
 @_attend_masked.defjvp
@@ -130,19 +173,33 @@ def _attend_masked_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """
     *arrays, mask = primals
 
-    def attend(query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, scale: Array) -> Array:
-        query_BTNH, is_bad_BTN = finite(query_BTNH)
-        (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(
-            finite, (key_BKSH, value_BKSH)
-        )
-        output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, scale)
-        sees_bad_BKGT = _sees(_by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
-        # `G` and `T` may be 1 in here, and are not in the queries.
-        is_bad_BTKG = is_bad_BTN.reshape(*is_bad_BTN.shape[:2], key_BKSH.shape[1], -1)
-        is_bad_BTKG |= jnp.moveaxis(sees_bad_BKGT, 3, 1)
-        return spoil(output_BTNH, is_bad_BTKG.reshape(is_bad_BTN.shape))
+    def attend(query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, logits: Logits) -> Array:
+        return spoil(*attend_seen(query_BTNH, key_BKSH, value_BKSH, mask, logits))
 
     return jax.jvp(attend, tuple(arrays), tuple(tangents[:-1]))
+
+
+def attend_seen(
+    query_BTNH: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    mask: Array,
+    logits: Logits = PLAIN,
+    dropout: Callable[[Array], Array] | None = None,
+) -> tuple[Array, Array]:
+    """As `attend_finite`, of what need not be finite; and bool `[B, T, N]`, which outputs are NaN.
+
+    They come out finite, for `spoil` behind the last product: a weight's gradient in one would be
+    NaN even where the loss leaves them out.
+    """
+    query_BTNH, is_bad_BTN = finite(query_BTNH)
+    (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(finite, (key_BKSH, value_BKSH))
+    output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, logits, dropout)
+    sees_bad_BKGT = _sees(by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
+    # `G` and `T` may be 1 in here, and are not in the queries.
+    is_bad_BTKG = is_bad_BTN.reshape(*is_bad_BTN.shape[:2], key_BKSH.shape[1], -1)
+    is_bad_BTKG |= jnp.moveaxis(sees_bad_BKGT, 3, 1)
+    return output_BTNH, is_bad_BTKG.reshape(is_bad_BTN.shape)
 
 
 def finite(x: Array) -> tuple[Array, Array]:
@@ -156,8 +213,8 @@ def spoil(x: Array, is_spoiled: Array) -> Array:
     return x + jnp.where(is_spoiled, jnp.nan, 0.0).astype(x.dtype)[..., None]
 
 
-def _by_group(mask: Array, num_kv_heads: int) -> Array:
-    """A mask `[B, N, T, S]`, whose axes may be 1, as `[B, K, G, T, S]`."""
+def by_group(mask: Array, num_kv_heads: int) -> Array:
+    """A mask or bias `[B, N, T, S]`, whose axes may be 1, as `[B, K, G, T, S]`."""
     if mask.shape[1] == 1:
         return mask[:, :, None]
     return mask.reshape(mask.shape[0], num_kv_heads, -1, *mask.shape[2:])
@@ -173,7 +230,7 @@ def attend_finite(
     key_BKSH: Array,
     value_BKSH: Array,
     mask: Array | None,
-    scale: float | Array | None = None,
+    logits: Logits = PLAIN,
     dropout: Callable[[Array], Array] | None = None,
     hides_finite: bool = True,
 ) -> Array:
@@ -186,7 +243,7 @@ def attend_finite(
     length = query_BTNH.shape[1]
     # A mask of dropout belongs to all queries at once.
     if length <= 2 * QUERY_BLOCK or dropout is not None:
-        return _attend_block(query_BTNH, key_BKSH, value_BKSH, mask, scale, dropout, hides_finite)
+        return _attend_block(query_BTNH, key_BKSH, value_BKSH, mask, logits, dropout, hides_finite)
     blocks = -(-length // QUERY_BLOCK)
 
     def split(x: Array, axis: int) -> Array:
@@ -198,16 +255,21 @@ def attend_finite(
             x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0
         )
 
-    block_masks = None if mask is None or mask.shape[2] == 1 else split(mask, 2)
+    def split_rows(x: Array | None) -> Array | None:
+        """None where all queries have the same, if any."""
+        return None if x is None or x.shape[2] == 1 else split(x, 2)
 
     @jax.checkpoint  # Backward computes the logits of a block again, else it would keep them all.
-    def attend(block: tuple[Array, Array | None]) -> Array:
-        query, block_mask = block
-        if block_mask is None:  # All queries have the same, if any.
+    def attend(block: tuple[Array, Array | None, Array | None]) -> Array:
+        query, block_mask, block_bias = block
+        of_block = dataclasses.replace(
+            logits, bias=logits.bias if block_bias is None else block_bias
+        )
+        if block_mask is None:
             block_mask = mask
-        return _attend_block(query, key_BKSH, value_BKSH, block_mask, scale, None, hides_finite)
+        return _attend_block(query, key_BKSH, value_BKSH, block_mask, of_block, None, hides_finite)
 
-    output = lax.map(attend, (split(query_BTNH, 1), block_masks))
+    output = lax.map(attend, (split(query_BTNH, 1), split_rows(mask), split_rows(logits.bias)))
     return jnp.moveaxis(output, 0, 1).reshape(query_BTNH.shape[0], -1, *query_BTNH.shape[2:])[
         :, :length
     ]
@@ -218,7 +280,7 @@ def _attend_block(
     key_BKSH: Array,
     value_BKSH: Array,
     mask: Array | None,
-    scale: float | Array | None,
+    logits: Logits,
     dropout: Callable[[Array], Array] | None,
     hides_finite: bool,
 ) -> Array:
@@ -229,10 +291,10 @@ def _attend_block(
     # All that ask the same keys are rows of one matrix: for a product over two axes, G and T, XLA
     # takes a quarter longer on a CPU.
     query_BKRH = query_BKGTH.reshape(batch, num_kv_heads, -1, head_dim)
-    logits_BKGTS = _query_key(query_BKRH, key_BKSH).reshape(*query_BKGTH.shape[:4], -1)
-    logits_BKGTS *= head_dim**-0.5 if scale is None else scale
+    product_BKGTS = _query_key(query_BKRH, key_BKSH).reshape(*query_BKGTH.shape[:4], -1)
+    logits_BKGTS = logits(product_BKGTS, head_dim)
     if mask is not None:
-        mask = _by_group(mask, num_kv_heads)
+        mask = by_group(mask, num_kv_heads)
         # A finite fill, so that a row with every key masked has a finite softmax (and gradient);
         # the second `where` then makes that row zero, as documented.
         logits_BKGTS = jnp.where(mask, logits_BKGTS, jnp.finfo(jnp.float32).min)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from mqa_jax.core.arrays import as_integers
+from mqa_jax.core.arrays import as_floats, as_integers
 from mqa_jax.core.checks import check_integer
 
 
@@ -77,6 +77,20 @@ def check_mask(mask: ArrayLike, shape_BNTS: tuple[int, int, int, int]) -> Array:
             f"(a key padding mask is mask[:, None, None, :]), not {mask.dtype} {list(mask.shape)}"
         )
     return jnp.asarray(mask)
+
+
+def check_bias(bias: ArrayLike, shape_BNTS: tuple[int, int, int, int]) -> Array:
+    """`bias` as an array, if it is of floats and broadcasts to the shape."""
+    array = as_floats("bias", bias)
+    fits = array.ndim == 4 and all(
+        size in (1, full) for size, full in zip(array.shape, shape_BNTS, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"bias must broadcast to [B, N, T, S] = {list(shape_BNTS)} with four axes, not "
+            f"{list(array.shape)}"
+        )
+    return array
 
 
 def check_window(window: int | None) -> int | None:

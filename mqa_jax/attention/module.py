@@ -8,7 +8,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Required, TypedDict, TypeVar, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,42 +18,30 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention.cache import LOST, BeamCache, CrossCache, KVCache, RingCache
 from mqa_jax.attention.cached import attend_to_cache
-from mqa_jax.attention.functional import (
-    attend_finite,
-    finite,
-    heads_first,
-    spoil,
-)
-from mqa_jax.attention.masks import causal_mask, check_lengths, check_mask, check_window
+from mqa_jax.attention.functional import attend_finite, attend_seen, finite, heads_first, spoil
+from mqa_jax.attention.masks import causal_mask, check_bias, check_lengths, check_mask
+from mqa_jax.attention.positions import BiasFunction
+from mqa_jax.attention.projections import Options, Projections
 from mqa_jax.core.arrays import as_floats, as_integers, check_dtype
 from mqa_jax.core.checks import check_integer
-from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, explicit_mesh, partition, spec
-from mqa_jax.core.linear import linear
-from mqa_jax.core.sharding import batch_axes, param
+from mqa_jax.core.sharding import batch_axes
 
 SelfCache = KVCache | RingCache | BeamCache
 # A cache comes back as what it went in.
 AnySelfCache = TypeVar("AnySelfCache", bound=SelfCache)
 AnyCache = TypeVar("AnyCache", bound=SelfCache | CrossCache)
 
-
-class Options(TypedDict, total=False):
-    """What `Attention` takes by name alone."""
-
-    window: int | None
-    dropout_rate: float
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    rngs: Required[nnx.Rngs]
+Bias = ArrayLike | BiasFunction
 
 
-class Attention(nnx.Module):
-    """Attention with `num_heads` query heads over `num_kv_heads` key/value heads, no biases.
+class Attention(Projections):
+    """Attention with `num_heads` query heads over `num_kv_heads` key/value heads.
 
     The weights are `query [N, H, D]`, `key [K, H, D]`, `value [K, H, D]` and `out [D, N, H]`, and
     the module is the products of the paper's sections 2.4 and 3.1 around `dot_product_attention`.
-    It holds no state but its weights: caches are passed in and returned.
+    It holds no state but its weights: caches are passed in and returned. The options beside them
+    are those of later models; as they stand it is the paper's.
 
     Args:
       d_model: `D`.
@@ -61,6 +49,19 @@ class Attention(nnx.Module):
       num_kv_heads: `K`, which must divide `N`.
       head_dim: `H`; `d_model // num_heads` when None.
       window: local self-attention: a token sees itself and the `window - 1` tokens before it.
+      rope: turns queries and keys by their positions before they meet, keys before they are cached:
+        a `Rope()`, or a function of your own of `x [B, T, heads, H]` and positions `[B, T]`. For
+        self-attention only.
+      scale: what the logits are multiplied by; `H ** -0.5` when None.
+      softcap: bounds the logits, see `dot_product_attention`.
+      qk_norm: an RMS norm of each query and each key over `H`, before `rope`; its scales are
+        `query_norm` and `key_norm`, of one head for all.
+      norm_epsilon: of that norm.
+      qkv_bias: biases of the first three products: `query_bias [N, H]`, `key_bias` and
+        `value_bias [K, H]`.
+      out_bias: a bias of the last, `out_bias [D]`.
+      kernel_init: draws the weights, called with a key, the shape `[inputs, outputs]` and a dtype,
+        as flax's initializers are; a normal of standard deviation `inputs ** -0.5` when None.
       dropout_rate: for the attention weights; takes effect where `__call__` is given `rngs`.
       dtype: of the activations and the caches.
       param_dtype: of the weights.
@@ -69,45 +70,9 @@ class Attention(nnx.Module):
     Raises:
       ValueError: a size that is no integer of at least 1, `num_kv_heads` that does not divide
         `num_heads`, no `head_dim` where `num_heads` does not divide `d_model`, a rate of dropout
-        outside `[0, 1)`, or a dtype that is no float.
+        outside `[0, 1)`, a scale that is not finite, a softcap or an epsilon not above 0, a `rope`
+        that is no function, or a dtype that is no float.
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int | None = None,
-        *,
-        window: int | None = None,
-        dropout_rate: float = 0.0,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        d_model = check_integer("d_model", d_model)
-        num_heads = check_integer("num_heads", num_heads)
-        num_kv_heads = check_integer("num_kv_heads", num_kv_heads)
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: each "
-                "key/value head serves the same number of query heads"
-            )
-        if head_dim is None:
-            if d_model % num_heads:
-                raise ValueError(
-                    f"num_heads={num_heads} does not divide d_model={d_model}: give head_dim"
-                )
-            head_dim = d_model // num_heads
-        head_dim = check_integer("head_dim", head_dim)
-        self.window = check_window(window)
-        self.dtype = check_dtype("dtype", dtype)
-        self.dropout = Dropout(dropout_rate)
-        weight = functools.partial(param, rngs=rngs, dtype=check_dtype("param_dtype", param_dtype))
-        self.query = weight("NHD", (num_heads, head_dim, d_model), fan_in=d_model)
-        self.key = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
-        self.value = weight("KHD", (num_kv_heads, head_dim, d_model), fan_in=d_model)
-        self.out = weight("DNH", (d_model, num_heads, head_dim), fan_in=num_heads * head_dim)
 
     @automatic(lambda x_BTD, **_: spec(x_BTD))
     def __call__(
@@ -116,6 +81,8 @@ class Attention(nnx.Module):
         memory_BSD: Array | None = None,
         *,
         mask: Array | None = None,
+        bias: Bias | None = None,
+        positions_BT: ArrayLike | None = None,
         is_causal: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Array:
@@ -125,14 +92,20 @@ class Attention(nnx.Module):
           x_BTD: what asks.
           memory_BSD: what is attended to (cross-attention); `x_BTD` itself when None.
           mask: bool, rank 4, broadcastable to `[B, N, T, S]`; True = attend.
-          is_causal: a token sees itself and those before it (self-attention only).
+          bias: added to the scaled logits: floats of rank 4, broadcastable to `[B, N, T, S]`, or,
+            for self-attention, a function of positions such as a `RelativeBias`.
+          positions_BT: integers, what `rope` and `bias` go by, such as those that restart in each
+            sentence of a packed row; 0, 1, 2, ... when None (self-attention only).
+          is_causal: a token sees itself and those before it (self-attention only), in the order
+            that they stand in.
           rngs: dropout is applied when given (stream `dropout`), see `core.dropout`.
 
         Returns:
           `[B, T, D]`.
 
         Raises:
-          ValueError: shapes that do not fit, or a window or `is_causal` with a memory.
+          ValueError: shapes that do not fit, or a window, `is_causal`, a rope, positions or a bias
+            that is a function with a memory.
         """
         x_BTD = source_BSD = self._check_input("x_BTD", x_BTD)
         is_cross = memory_BSD is not None
@@ -143,10 +116,23 @@ class Attention(nnx.Module):
                     f"is_causal={is_causal}, window={self.window} with a memory: cross-attention "
                     "sees all of its memory; hide keys with a mask"
                 )
+            self._check_no_positions(positions_BT is not None or callable(bias))
         batch, length, _ = x_BTD.shape
+        shape_BNTS = batch, self.query.shape[0], length, source_BSD.shape[1]
         if mask is not None:
-            num_heads = self.query.shape[0]
-            mask = check_mask(mask, (batch, num_heads, length, source_BSD.shape[1]))
+            mask = check_mask(mask, shape_BNTS)
+        at_BT = None
+        if not is_cross:
+            at_BT = jnp.arange(length)[None]
+            if positions_BT is not None:
+                at_BT = as_integers("positions_BT", positions_BT)
+                if at_BT.shape not in ((batch, length), (1, length)):
+                    raise ValueError(
+                        f"positions_BT must be [B, T] = {[batch, length]} (or one row for all), "
+                        f"not {list(at_BT.shape)}"
+                    )
+        if bias is not None:
+            bias = check_bias(bias(at_BT, at_BT) if callable(bias) else bias, shape_BNTS)
         if is_causal or self.window is not None:
             positions = jnp.arange(length)[None]
             causal = causal_mask(positions, positions, self.window)
@@ -154,13 +140,13 @@ class Attention(nnx.Module):
         rngs = self.dropout.drops_with(rngs)
         dropout = None if rngs is None else functools.partial(self.dropout, rngs=rngs)
         if mask is None:
-            return self._attend(x_BTD, source_BSD, None, dropout)
+            return self._attend(x_BTD, source_BSD, None, bias, at_BT, dropout)
         # What is hidden may be NaN, but no product may see it, and no gradient of one either.
         x_BTD, is_bad_BT = finite(x_BTD.astype(self.dtype))
         source_BSD, is_bad_BS = (
             finite(source_BSD.astype(self.dtype)) if is_cross else (x_BTD, is_bad_BT)
         )
-        output_BTD = self._attend(x_BTD, source_BSD, mask, dropout)
+        output_BTD = self._attend(x_BTD, source_BSD, mask, bias, at_BT, dropout)
         sees_bad_BT = jnp.any(mask & is_bad_BS[:, None, None], axis=(1, 3))
         return spoil(output_BTD, is_bad_BT | sees_bad_BT)
 
@@ -169,13 +155,18 @@ class Attention(nnx.Module):
         x_BTD: Array,
         source_BSD: Array,
         mask: Array | None,
+        bias: Array | None,
+        positions_BT: Array | None,
         dropout: Callable[[Array], Array] | None,
     ) -> Array:
-        query_BTNH = self._project(x_BTD, self.query)
-        key_BKSH = heads_first(self._project(source_BSD, self.key))
-        value_BKSH = heads_first(self._project(source_BSD, self.value))
-        output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, dropout=dropout)
-        return self._output(output_BTNH)
+        query_BTNH = self.project_query(x_BTD, positions_BT)
+        key_BSKH, value_BSKH = self.project_key_value(source_BSD, positions_BT)
+        arrays = query_BTNH, heads_first(key_BSKH), heads_first(value_BSKH), mask
+        if mask is None:
+            return self.project_output(attend_finite(*arrays, self._logits(bias), dropout))
+        # What went in is finite; a product of it need not be.
+        output_BTNH, is_bad_BTN = attend_seen(*arrays, self._logits(bias), dropout)
+        return spoil(self.project_output(output_BTNH), jnp.any(is_bad_BTN, axis=2))
 
     @automatic(lambda self, batch, **_: _cache_spec(self, batch))
     def init_cache(
@@ -218,16 +209,18 @@ class Attention(nnx.Module):
                 f"mask_BS must be bool of shape {memory_BSD.shape[:2]}, the memory's, not "
                 f"{mask_BS.dtype} of shape {mask_BS.shape}"
             )
-        memory_BSD = without_padding(memory_BSD, mask_BS)
-        return CrossCache(
-            key=heads_first(self._project(memory_BSD, self.key)),
-            value=heads_first(self._project(memory_BSD, self.value)),
-            mask=mask_BS,
-        )
+        self._check_no_positions()
+        key_BSKH, value_BSKH = self.project_key_value(without_padding(memory_BSD, mask_BS), None)
+        return CrossCache(key=heads_first(key_BSKH), value=heads_first(value_BSKH), mask=mask_BS)
 
     @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
     def prefill(
-        self, x_BTD: Array, cache: AnySelfCache, lengths_B: ArrayLike | None = None
+        self,
+        x_BTD: Array,
+        cache: AnySelfCache,
+        lengths_B: ArrayLike | None = None,
+        *,
+        bias: BiasFunction | None = None,
     ) -> tuple[Array, AnySelfCache]:
         """Causal self-attention of `T` new tokens a row, behind those that the cache holds.
 
@@ -237,6 +230,7 @@ class Attention(nnx.Module):
           x_BTD: the new tokens, padded on the right.
           cache: from `init_cache`, or from an earlier call.
           lengths_B: how many of the `T` tokens of each row are real; all when None.
+          bias: a function of the positions of queries and keys, as for `__call__`.
 
         Returns:
           `[B, T, D]`, of no meaning at padding, and the new cache.
@@ -250,7 +244,7 @@ class Attention(nnx.Module):
         batch = cache.length.shape[0]
         x_BTD = self._check_input("x_BTD", x_BTD, batch=batch)
         if isinstance(cache, BeamCache):
-            return cast(tuple[Array, AnySelfCache], self._decode_beams(x_BTD, cache))
+            return cast(tuple[Array, AnySelfCache], self._decode_beams(x_BTD, cache, bias))
         length = x_BTD.shape[1]
         if lengths_B is None:
             lengths_B = jnp.full(batch, length, jnp.int32)
@@ -264,37 +258,59 @@ class Attention(nnx.Module):
             x_BTD = without_padding(x_BTD, jnp.arange(length)[None] < lengths_B[:, None])
         if length == 0:
             return x_BTD.astype(self.dtype), cache
-        query_BTNH = self._project(x_BTD, self.query)
-        key_BTKH = self._project(x_BTD, self.key)
-        value_BTKH = self._project(x_BTD, self.value)
         query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
+        query_BTNH = self.project_query(x_BTD, query_positions_BT)
+        key_BTKH, value_BTKH = self.project_key_value(x_BTD, query_positions_BT)
         new_cache, key_BKSH, value_BKSH, key_positions_BS, is_lost_B = cache.append(
             key_BTKH, value_BTKH, lengths_B
         )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
         # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
         end_B = jnp.minimum(new_cache.length, key_BKSH.shape[2]) if length == 1 else None
-        output_BTNH = attend_to_cache(query_BTNH, key_BKSH, value_BKSH, mask, end_B)
+        added = None
+        if bias is not None:
+            shape_BNTS = batch, query_BTNH.shape[2], length, key_BKSH.shape[2]
+            added = check_bias(bias(query_positions_BT, key_positions_BS), shape_BNTS)
+        output_BTNH = attend_to_cache(
+            query_BTNH, key_BKSH, value_BKSH, mask, end_B, self._logits(added)
+        )
         output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
-        return self._output(output_BTNH), cast(AnySelfCache, new_cache)
+        return self.project_output(output_BTNH), cast(AnySelfCache, new_cache)
 
-    def _decode_beams(self, x_R1D: Array, cache: BeamCache) -> tuple[Array, BeamCache]:
+    def _decode_beams(
+        self, x_R1D: Array, cache: BeamCache, bias: BiasFunction | None
+    ) -> tuple[Array, BeamCache]:
         """All hypotheses of a batch element ask all of its keys at once, each seeing its own."""
         rows, length, _ = x_R1D.shape
         if length != 1:
             raise ValueError(f"a BeamCache takes one token a row, not T={length}")
-        batch, _, beam_size, _, _ = cache.key.shape
+        batch, _, beam_size, slots, _ = cache.key.shape
+        position_R1 = cache.length[:, None]
         query_BbNH, key_BbKH, value_BbKH = (
-            self._project(x_R1D, weight).reshape(batch, beam_size, *weight.shape[:2])
-            for weight in (self.query, self.key, self.value)
+            x_R1KH.reshape(batch, beam_size, *x_R1KH.shape[2:])
+            for x_R1KH in (
+                self.project_query(x_R1D, position_R1),
+                *self.project_key_value(x_R1D, position_R1),
+            )
         )
+        added = None
+        if bias is not None:
+            # In each lane a token lies in the slot of its position.
+            key_positions_1S = jnp.tile(jnp.arange(slots), beam_size)[None]
+            added = bias(position_R1.reshape(batch, beam_size), key_positions_1S)
+            shape_BNbS = batch, query_BbNH.shape[2], beam_size, beam_size * slots
+            added = check_bias(added, shape_BNbS)
         cache, key_BKSH, value_BKSH, mask, is_lost_Bb = cache.append(key_BbKH, value_BbKH)
-        output_BbNH = attend_to_cache(query_BbNH, key_BKSH, value_BKSH, mask)
+        output_BbNH = attend_to_cache(
+            query_BbNH, key_BKSH, value_BKSH, mask, logits=self._logits(added)
+        )
         output_BbNH = jnp.where(is_lost_Bb[:, :, None, None], jnp.nan, output_BbNH)
-        return self._output(output_BbNH).reshape(x_R1D.shape), cache
+        return self.project_output(output_BbNH).reshape(x_R1D.shape), cache
 
     @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
-    def decode(self, x_BTD: Array, cache: AnyCache) -> tuple[Array, AnyCache]:
+    def decode(
+        self, x_BTD: Array, cache: AnyCache, *, bias: BiasFunction | None = None
+    ) -> tuple[Array, AnyCache]:
         """One incremental step (Shazeer 2019, sections 2.4.1 and 3.1): `T` is 1.
 
         With a `CrossCache` the rows of `x_BTD` may be a multiple of the cache's (`b` beams of each
@@ -304,8 +320,8 @@ class Attention(nnx.Module):
           `[B, 1, D]` and the new cache (a `CrossCache` comes back as it is).
 
         Raises:
-          ValueError: as `prefill`, or `T != 1` with a self-attention cache; a window with a
-            `CrossCache`.
+          ValueError: as `prefill`, or `T != 1` with a self-attention cache; a window, a rope or a
+            bias with a `CrossCache`.
         """
         x_BTD = self._check_input("x_BTD", x_BTD)
         self._check_cache(cache, SelfCache | CrossCache)
@@ -314,7 +330,8 @@ class Attention(nnx.Module):
                 raise ValueError(
                     f"decode takes one token a row, not T={x_BTD.shape[1]}: use prefill for more"
                 )
-            return self.prefill(x_BTD, cache)
+            return self.prefill(x_BTD, cache, bias=bias)
+        self._check_no_positions(bias is not None)
         rows, length, d_model = x_BTD.shape
         batch = cache.key.shape[0]
         beams = rows // max(batch, 1)
@@ -324,16 +341,19 @@ class Attention(nnx.Module):
                 "number of beams for each row of the cache"
             )
         x_BTD = x_BTD.reshape(batch, beams * length, d_model)
-        query_BTNH = self._project(x_BTD, self.query)
+        query_BTNH = self.project_query(x_BTD, None)
         mask = cache.mask[:, None, None, :]
-        output_BTD = self._output(attend_to_cache(query_BTNH, cache.key, cache.value, mask))
-        return output_BTD.reshape(rows, length, d_model), cache
+        output_BTNH = attend_to_cache(
+            query_BTNH, cache.key, cache.value, mask, logits=self._logits(None)
+        )
+        return self.project_output(output_BTNH).reshape(rows, length, d_model), cache
 
-    def _project(self, x: Array, weight: nnx.Param, num_inputs: int = 1) -> Array:
-        return linear(x.astype(self.dtype), weight[...].astype(self.dtype), num_inputs=num_inputs)
-
-    def _output(self, x_BTNH: Array) -> Array:
-        return self._project(x_BTNH, self.out, num_inputs=2)
+    def _check_no_positions(self, is_asked: bool = False) -> None:
+        if self.rope is not None or is_asked:
+            raise ValueError(
+                "a rope, positions or a bias by position with a memory, whose tokens have no "
+                "positions among the queries': leave them out of cross-attention"
+            )
 
     def _check_cache(self, cache: Any, cache_types: Any) -> None:
         if not isinstance(cache, cache_types):

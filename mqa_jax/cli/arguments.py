@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from mqa_jax.cli import COMMANDS, PACKAGE
 
@@ -26,6 +26,21 @@ SHIPPED = next(
     (path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir()),
     PACKAGE / "configs",
 )
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """The flag of a config, and of its fields."""
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string=f"one that is shipped ({', '.join(shipped())}) or FILE.py, with "
+        ":VARIANT behind it where it has variants; --config.model.a=b behind it sets a field",
+        flag_values=values,
+    )
+
+
+def shipped() -> list[str]:
+    """The names of the configs that come with the package."""
+    return sorted(file.stem for file in SHIPPED.glob("[!_]*.py"))
 
 
 def parse(name: str, command: ModuleType, args: list[str]) -> flags.FlagValues | None:
@@ -113,10 +128,9 @@ def find_config(text: str) -> str:
     if not path.is_file():
         shipped = SHIPPED / f"{path.name.removesuffix('.py')}.py"
         if str(path.parent) not in (".", "configs") or not shipped.is_file():
-            names = sorted(file.stem for file in SHIPPED.glob("[!_]*.py"))
             raise ValueError(
                 f"there is no config {name!r}: give the path of a file of your own, or the name of "
-                f"one that is shipped: {', '.join(names)}"
+                f"one that is shipped: {', '.join(shipped())}"
             )
         path = shipped
     return f"{path}{colon}{variant}"

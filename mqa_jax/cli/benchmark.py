@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mqa_jax.cli.arguments import load_config, refuse_idle
+from mqa_jax.cli.arguments import define_config, load_config, refuse_idle
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.paths import local_path
 from mqa_jax.measure.cost import SEARCHES
@@ -22,12 +22,7 @@ QUICK = dict(variants=["multi_head", "multi_query"], context_lengths=["128"], re
 
 def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
-    config_flags.DEFINE_config_file(
-        "config",
-        help_string="NAME of a config that is shipped, or FILE.py; --config.model.a=b behind it "
-        "sets a field",
-        flag_values=values,
-    )
+    define_config(values)
     flags.DEFINE_string("output_dir", None, "where JSON and pictures go", flag_values=values)
     flags.DEFINE_bool(
         "quick",

@@ -8,6 +8,10 @@ line.
 
 Lines come out in their order, each as soon as it and those before it are done; what is out stays
 when the command is killed. Speed and, with --reference, BLEU are told on standard error.
+
+    mqa-jax decode --benchmark --help
+
+has the flags of `mqa-jax benchmark`, which measures what decoding costs.
 """
 
 import contextlib

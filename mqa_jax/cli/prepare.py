@@ -7,17 +7,13 @@ Training does the same before its first step; this does it alone, where there is
 """
 
 from absl import flags
-from ml_collections import config_flags
+
+from mqa_jax.cli.arguments import define_config
 
 
 def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
-    config_flags.DEFINE_config_file(
-        "config",
-        help_string="NAME of a config that is shipped, or FILE.py; --config.data.a=b behind it "
-        "sets a field",
-        flag_values=values,
-    )
+    define_config(values)
 
 
 def run(args: flags.FlagValues) -> None:

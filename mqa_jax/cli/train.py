@@ -21,20 +21,14 @@ import os
 import traceback
 
 from absl import flags
-from ml_collections import config_flags
 
-from mqa_jax.cli.arguments import refuse_idle
+from mqa_jax.cli.arguments import define_config, refuse_idle
 from mqa_jax.core.checks import check_integer
 
 
 def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
-    config_flags.DEFINE_config_file(
-        "config",
-        help_string="NAME:VARIANT of a config that is shipped, or FILE.py:VARIANT; --config.a.b=c "
-        "behind it sets a field",
-        flag_values=values,
-    )
+    define_config(values)
     flags.DEFINE_string(
         "workdir", None, "where the run lives; made if it is not there", flag_values=values
     )

@@ -92,15 +92,44 @@ def decode_axes(
 
 
 def param(
-    axes: str, shape: Sequence[int], *, fan_in: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    axes: str,
+    shape: Sequence[int],
+    *,
+    fan_in: int,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike = jnp.float32,
+    init: nnx.Initializer | None = None,
 ) -> nnx.Param:
-    """A weight, a letter for each axis, from a normal of standard deviation `fan_in ** -0.5`."""
+    """A weight, a letter for each axis, from a normal of standard deviation `fan_in ** -0.5`.
+
+    Args:
+      axes: letters.
+      shape: outputs first.
+      fan_in: the size of the axes behind the outputs, all together.
+      init: what draws it instead, called for the shape `[fan_in, outputs]`, as flax's are.
+    """
     shape, sharding = tuple(shape), None
     if (placement := _placement.get()) is not None:
         mesh, rules = placement
         sharding = rules.sharding(mesh, axes, shape)
-    normal = _compiled_normal(sharding)
-    return nnx.Param(normal(rngs.params(), shape, dtype, fan_in**-0.5), axes=axes)
+    if init is None:
+        weight = _compiled_normal(sharding)(rngs.params(), shape, dtype, fan_in**-0.5)
+    else:
+
+        def draw(key: jax.Array) -> jax.Array:
+            return init(key, (fan_in, math.prod(shape) // fan_in), dtype).T.reshape(shape)
+
+        weight = jax.jit(draw, out_shardings=sharding)(rngs.params())
+    return nnx.Param(weight, axes=axes)
+
+
+def zeros(axes: str, shape: Sequence[int], *, dtype: DTypeLike = jnp.float32) -> nnx.Param:
+    """A bias, which begins at 0; a letter for each axis."""
+    sharding = None
+    if (placement := _placement.get()) is not None:
+        mesh, rules = placement
+        sharding = rules.sharding(mesh, axes, shape)
+    return nnx.Param(jnp.zeros(shape, dtype, device=sharding), axes=axes)
 
 
 # Compiled once a shape, of which a model has few, however many its layers. (A whole model at once

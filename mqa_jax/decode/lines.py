@@ -125,8 +125,8 @@ class LineDecoder(Generator):
             raise ValueError(f"on_long {on_long!r} is not one of {', '.join(ON_LONG)}")
         if on_long == "split" and not self._is_translation:
             raise ValueError(
-                "on_long=split is for translations: a language model continues one text, not parts "
-                "of it; on_long=cut keeps its end"
+                "--on_long=split is for translations: a language model continues one text, not "
+                "parts of it; --on_long=cut keeps its end"
             )
         parts = [self._parts(number, line, on_long) for number, line in enumerate(lines, start=1)]
         return self._outputs(params, parts, self._keys(keys, len(lines)))
@@ -200,7 +200,7 @@ class LineDecoder(Generator):
                 raise ValueError(
                     f"line {number} has {len(ids)} tokens, but there is room for {self.room} (the "
                     f"model knows {self._max_length} positions): shorten it, choose "
-                    "on_long=skip, cut or split, or train a model with a larger max_length"
+                    "--on_long=skip, cut or split, or train a model with a larger max_length"
                 )
             split = on_long == "split"
             pieces = self._split(number, line.strip()) if split else [("", self._cut(ids))]

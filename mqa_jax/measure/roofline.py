@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +162,21 @@ def step_weights(model: Model) -> list:
     Not read are the encoder, the projections of its output (done once), and of the embedding
     tables all but a row a token; a table that is the softmax matrix as well is read whole.
     """
-    read = [model.decoder.norm, getattr(model, "softmax", model.embedding)]
-    for layer in model.decoder.layers:
-        read += [layer.attention, layer.attention_norm, layer.feed_forward, layer.feed_forward_norm]
-        if isinstance(model, EncoderDecoder):
-            cross = layer.cross_attention
-            read += [layer.cross_attention_norm, nnx.List([cross.query, cross.out])]
-    return [x for module in read for x in jax.tree.leaves(nnx.state(module))]
+    return [x for _, x in _step_weights(model)]
+
+
+def _step_weights(model: Model) -> Iterator[tuple[str, Any]]:
+    """Names and arrays."""
+    yield "softmax", model.softmax_weight[...]
+    if model.logits_bias is not None:
+        yield "logits_bias", model.logits_bias[...]
+    for path, x in jax.tree.leaves_with_path(nnx.state(model.decoder)):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        is_projected_once = "cross_attention" in names and any(
+            name.startswith(("key", "value")) for name in names
+        )
+        if names[0] != "embedder" and not is_projected_once:
+            yield "/".join(names), x
 
 
 def weight_bytes(model: Model) -> int:
@@ -190,7 +198,11 @@ def step_flops(model: Model, caches: Any, rows: int) -> int:
       caches: a tree of self- and cross-attention caches as they are before a beam search begins.
       rows: `R`, tokens decoded at once.
     """
-    products = sum(2 * x.size for x in step_weights(model) if x.ndim > 1)
+    products = sum(
+        2 * x.size
+        for name, x in _step_weights(model)
+        if x.ndim > 1 and not name.endswith("bias") and not name.startswith("positions")
+    )
     attention = 0
     for cache in _caches(caches):
         _, _, slots, head_dim = cache.key.shape

@@ -1,13 +1,14 @@
 """Residual blocks and the stacks of them.
 
-Pre-norm blocks without biases, learned positions (Shazeer 2019, section 4.1, and its published code
-base).
+By default pre-norm blocks without biases and learned positions (Shazeer 2019, section 4.1, and its
+published code base); the other kinds are those that `TransformerConfig` names.
 
 Array letters:
   B batch   S source length   T target length   D model dim   V vocabulary   L layers
 """
 
 import functools
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,22 +18,27 @@ from jax.typing import ArrayLike, DTypeLike
 from mqa_jax.attention.cache import CrossCache
 from mqa_jax.attention.masks import padding_mask, segment_mask
 from mqa_jax.attention.module import SelfCache, without_padding
+from mqa_jax.attention.positions import RelativeBias, sinusoids
 from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.norms import Norm
 from mqa_jax.core.sharding import over_batch
 from mqa_jax.model.config import TransformerConfig
-from mqa_jax.model.layers import Embedding, RMSNorm
+from mqa_jax.model.layers import Embedding
 
 
 class _Embedder(nnx.Module):
     """Positions added to token vectors. The token table is passed in, since models share it."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.positions = Embedding(
-            config.max_length, config.d_model, axes="PD", rngs=rngs, **config.dtypes
+        sizes = config.max_length, config.d_model
+        is_learned = config.positions == "learned"
+        self.positions = (
+            Embedding(*sizes, axes="PD", rngs=rngs, **config.dtypes) if is_learned else None
         )
         self.dropout = Dropout(config.dropout_rate)
+        self.config = config
 
     def __call__(
         self,
@@ -44,7 +50,7 @@ class _Embedder(nnx.Module):
     ) -> Array:
         """`[B, T, D]`; zeros where `is_token_BT` is False, whatever ids and positions are there."""
         tokens_BT = as_integers("tokens_BT", tokens_BT)
-        shape, max_length = tokens_BT.shape, self.positions.table.shape[0]
+        shape, max_length = tokens_BT.shape, self.config.max_length
         if positions_BT is None:
             if tokens_BT.shape[1] > max_length:
                 raise ValueError(
@@ -54,7 +60,17 @@ class _Embedder(nnx.Module):
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         positions_BT = as_integers("positions_BT", positions_BT)
         _check_shape("positions", positions_BT, shape)
-        x_BTD = table(tokens_BT) + self.positions(positions_BT)
+        x_BTD = table(tokens_BT)
+        if self.config.embedding_scale != 1:
+            x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+        if self.positions is not None:
+            x_BTD += self.positions(positions_BT)
+        elif self.config.positions == "sinusoidal":
+            table_PD = jnp.asarray(sinusoids(max_length, x_BTD.shape[2]), x_BTD.dtype)
+            # One that the table does not have is NaN, as of learned positions.
+            is_known_BT = (positions_BT >= 0) & (positions_BT < max_length)
+            added_BTD = table_PD[jnp.where(is_known_BT, positions_BT, 0)]
+            x_BTD += jnp.where(is_known_BT[..., None], added_BTD, jnp.nan)
         if is_token_BT is not None:
             _check_shape("segment ids", is_token_BT, shape)
             x_BTD = without_padding(x_BTD, is_token_BT)
@@ -77,30 +93,87 @@ def tokens_and_mask(segment_ids_BT: ArrayLike | None) -> tuple[Array | None, Arr
     return jnp.asarray(segment_ids_BT) != 0, mask
 
 
-class _EncoderLayer(nnx.Module):
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
-        self.attention = config.attention(rngs)
-        self.feed_forward_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
-        self.feed_forward = config.feed_forward(rngs)
-        self.dropout = Dropout(config.dropout_rate)
+def normed(norm: Norm | None, x_BTD: Array) -> Array:
+    """Behind a stack, whose last norm may be its last layer's."""
+    return x_BTD if norm is None else norm(x_BTD)
 
-    def __call__(self, x_BSD: Array, mask: Array | None, rngs: nnx.Rngs | None) -> Array:
+
+class _Layer(nnx.Module):
+    """Sublayers, and how each adds to what comes in. The subclasses say what the sublayers see."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        sublayers: Mapping[str, Callable[[], nnx.Module]],
+        rngs: nnx.Rngs,
+    ):
+        has_one_norm = config.block == "parallel" and config.parallel_norms == 1
+        for name, build in sublayers.items():
+            if not (has_one_norm and name == "feed_forward"):
+                setattr(self, f"{name}_norm", config.layer_norm(rngs))
+            setattr(self, name, build())
+            if config.block == "sandwich":
+                setattr(self, f"{name}_post_norm", config.layer_norm(rngs))
+        self.dropout = Dropout(config.dropout_rate)
+        self.block = config.block
+
+    def _run(
+        self, x_BTD: Array, sublayers: Mapping[str, Callable[[Array], Array]], rngs: nnx.Rngs | None
+    ) -> Array:
+        """The output for `x_BTD`, from the sublayers in front of the feed-forward one."""
         drop = functools.partial(self.dropout, rngs=rngs)
-        x_BSD += drop(self.attention(self.attention_norm(x_BSD), mask=mask, rngs=rngs))
-        return x_BSD + drop(self.feed_forward(self.feed_forward_norm(x_BSD), rngs=rngs))
+        feed_forward = functools.partial(self.feed_forward, rngs=rngs)
+        if self.block == "parallel":
+            y_BTD = self.attention_norm(x_BTD)
+            z_BTD = self.feed_forward_norm(x_BTD) if hasattr(self, "feed_forward_norm") else y_BTD
+            return x_BTD + drop(sublayers["attention"](y_BTD)) + drop(feed_forward(z_BTD))
+        for name, sublayer in (*sublayers.items(), ("feed_forward", feed_forward)):
+            norm = getattr(self, f"{name}_norm")
+            if self.block == "post":
+                x_BTD = norm(x_BTD + drop(sublayer(x_BTD)))
+                continue
+            y_BTD = drop(sublayer(norm(x_BTD)))
+            if self.block == "sandwich":
+                y_BTD = getattr(self, f"{name}_post_norm")(y_BTD)
+            x_BTD += y_BTD
+        return x_BTD
 
 
-class _DecoderLayer(nnx.Module):
-    def __init__(self, config: TransformerConfig, has_memory: bool, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
-        self.attention = config.attention(rngs, config.window)
+class _EncoderLayer(_Layer):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        sublayers = {
+            "attention": lambda: config.attention(rngs, config.encoder_kv_heads),
+            "feed_forward": lambda: config.feed_forward(rngs),
+        }
+        super().__init__(config, sublayers, rngs)
+
+    def __call__(
+        self,
+        x_BSD: Array,
+        mask: Array | None,
+        bias: RelativeBias | None,
+        positions_BS: ArrayLike | None,
+        rngs: nnx.Rngs | None,
+    ) -> Array:
+        attend = functools.partial(
+            self.attention, mask=mask, bias=bias, positions_BT=positions_BS, rngs=rngs
+        )
+        return self._run(x_BSD, {"attention": attend}, rngs)
+
+
+class _DecoderLayer(_Layer):
+    def __init__(
+        self, config: TransformerConfig, window: int | None, has_memory: bool, rngs: nnx.Rngs
+    ):
+        sublayers: dict[str, Callable[[], nnx.Module]] = {
+            "attention": lambda: config.attention(rngs, window=window)
+        }
         if has_memory:
-            self.cross_attention_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
-            self.cross_attention = config.attention(rngs)
-        self.feed_forward_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
-        self.feed_forward = config.feed_forward(rngs)
-        self.dropout = Dropout(config.dropout_rate)
+            sublayers["cross_attention"] = lambda: config.attention(
+                rngs, config.cross_kv_heads, has_positions=False
+            )
+        sublayers["feed_forward"] = lambda: config.feed_forward(rngs)
+        super().__init__(config, sublayers, rngs)
 
     def __call__(
         self,
@@ -108,26 +181,48 @@ class _DecoderLayer(nnx.Module):
         memory_BSD: Array | None,
         mask: Array | None,
         memory_mask: Array | None,
+        bias: RelativeBias | None,
+        positions_BT: ArrayLike | None,
         rngs: nnx.Rngs | None,
     ) -> Array:
         """Training: the whole sequence at once."""
-        drop = functools.partial(self.dropout, rngs=rngs)
-        y_BTD = self.attention(self.attention_norm(x_BTD), mask=mask, is_causal=True, rngs=rngs)
-        x_BTD += drop(y_BTD)
+        sublayers: dict[str, Callable[[Array], Array]] = {
+            "attention": functools.partial(
+                self.attention,
+                mask=mask,
+                bias=bias,
+                positions_BT=positions_BT,
+                is_causal=True,
+                rngs=rngs,
+            )
+        }
         if memory_BSD is not None:
-            y_BTD = self.cross_attention_norm(x_BTD)
-            x_BTD += drop(self.cross_attention(y_BTD, memory_BSD, mask=memory_mask, rngs=rngs))
-        return x_BTD + drop(self.feed_forward(self.feed_forward_norm(x_BTD), rngs=rngs))
+            sublayers["cross_attention"] = functools.partial(
+                self.cross_attention, memory_BSD=memory_BSD, mask=memory_mask, rngs=rngs
+            )
+        return self._run(x_BTD, sublayers, rngs)
 
     def extend(
-        self, x_BTD: Array, cache: SelfCache, cross: CrossCache | None, lengths_B: ArrayLike | None
+        self,
+        x_BTD: Array,
+        cache: SelfCache,
+        cross: CrossCache | None,
+        lengths_B: ArrayLike | None,
+        bias: RelativeBias | None,
     ) -> tuple[Array, SelfCache]:
         """Decoding: `T` more tokens behind those in the cache."""
-        y_BTD, cache = self.attention.prefill(self.attention_norm(x_BTD), cache, lengths_B)
-        x_BTD += y_BTD
+
+        def attend(y_BTD: Array) -> Array:
+            nonlocal cache
+            y_BTD, cache = self.attention.prefill(y_BTD, cache, lengths_B, bias=bias)
+            return y_BTD
+
+        sublayers = {"attention": attend}
         if cross is not None:
-            x_BTD += self.cross_attention.decode(self.cross_attention_norm(x_BTD), cross)[0]
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
+            sublayers["cross_attention"] = lambda y_BTD: self.cross_attention.decode(y_BTD, cross)[
+                0
+            ]
+        return self._run(x_BTD, sublayers, None), cache
 
 
 class _Decoder(nnx.Module):
@@ -136,9 +231,10 @@ class _Decoder(nnx.Module):
     def __init__(self, config: TransformerConfig, has_memory: bool, rngs: nnx.Rngs):
         self.embedder = _Embedder(config, rngs)
         self.layers = nnx.List(
-            [_DecoderLayer(config, has_memory, rngs) for _ in range(config.num_layers)]
+            [_DecoderLayer(config, window, has_memory, rngs) for window in config.windows]
         )
-        self.norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
+        self.positions = config.relative_bias(rngs, bidirectional=False)
+        self.norm = None if config.block == "post" else config.layer_norm(rngs)
         self.dropout = Dropout(config.dropout_rate)
         self.config = config
 
@@ -156,8 +252,10 @@ class _Decoder(nnx.Module):
         is_token_BT, mask = tokens_and_mask(segment_ids_BT)
         x_BTD = self.embedder(tokens_BT, table, positions_BT, rngs, is_token_BT)
         for layer in self.layers:
-            x_BTD = self.config.call(layer, x_BTD, memory_BSD, mask, memory_mask, rngs)
-        return self.dropout(self.norm(x_BTD), rngs=rngs)
+            x_BTD = self.config.call(
+                layer, x_BTD, memory_BSD, mask, memory_mask, self.positions, positions_BT, rngs
+            )
+        return self.dropout(normed(self.norm, x_BTD), rngs=rngs)
 
     def extend(
         self,
@@ -188,15 +286,17 @@ class _Decoder(nnx.Module):
         x_BTD = self.embedder(tokens_BT, table, positions_BT, None, is_token_BT)
         new_cache = []
         for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
-            x_BTD, layer_cache = layer.extend(x_BTD, layer_cache, layer_cross, lengths_B)
+            x_BTD, layer_cache = layer.extend(
+                x_BTD, layer_cache, layer_cross, lengths_B, self.positions
+            )
             new_cache.append(layer_cache)
-        return self.norm(x_BTD), tuple(new_cache)
+        return normed(self.norm, x_BTD), tuple(new_cache)
 
     def init_cache(
         self, batch: int, length: int, dtype: DTypeLike | None = None
     ) -> tuple[SelfCache, ...]:
         length = check_integer("length", length)
-        max_length = self.embedder.positions.table.shape[0]
+        max_length = self.config.max_length
         if length > max_length:
             raise ValueError(
                 f"a cache of {length} tokens, but the model knows {max_length} positions: ask for "

@@ -1,9 +1,10 @@
-"""What stands around attention in a Transformer: feed-forward, norm, embeddings.
+"""What stands around attention in a Transformer: feed-forward, embeddings, softmax.
 
 Array letters: B batch, T length, D model dim, F feed-forward dim, V vocabulary, P positions
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,16 +19,30 @@ from mqa_jax.core.checks import check_integer
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, partition, spec
 from mqa_jax.core.linear import linear
-from mqa_jax.core.sharding import param
+from mqa_jax.core.sharding import param, zeros
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
 
 
 class FeedForward(nnx.Module):
-    """Two products with a ReLU between them, no biases (`relu(x @ wi.T) @ wo.T`).
+    """Two products with an activation between them: `act(x @ wi.T) @ wo.T`.
 
     Args:
       d_model: `D`.
       d_ff: `F`.
-      dropout_rate: behind the ReLU.
+      activation: one of `ACTIVATIONS`; "gelu" is the exact one, by the error function.
+      gated: a third product, `(act(x @ gate.T) * (x @ wi.T)) @ wo.T` (Shazeer 2020).
+      use_bias: each product has a bias, `wi_bias`, `gate_bias` and `wo_bias`.
+      dropout_rate: before the last product.
+
+    Raises:
+      ValueError: a size below 1, an unknown activation, a rate outside `[0, 1)`, or a dtype that is
+        no float.
     """
 
     def __init__(
@@ -35,15 +50,26 @@ class FeedForward(nnx.Module):
         d_model: int,
         d_ff: int,
         *,
+        activation: str = "relu",
+        gated: bool = False,
+        use_bias: bool = False,
         dropout_rate: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         d_model, d_ff = check_integer("d_model", d_model), check_integer("d_ff", d_ff)
-        weight = functools.partial(param, rngs=rngs, dtype=check_dtype("param_dtype", param_dtype))
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        param_dtype = check_dtype("param_dtype", param_dtype)
+        weight = functools.partial(param, rngs=rngs, dtype=param_dtype)
         self.wi = weight("FD", (d_ff, d_model), fan_in=d_model)
         self.wo = weight("DF", (d_model, d_ff), fan_in=d_ff)
+        self.gate = weight("FD", (d_ff, d_model), fan_in=d_model) if gated else None
+        self.wi_bias = zeros("F", (d_ff,), dtype=param_dtype) if use_bias else None
+        self.gate_bias = zeros("F", (d_ff,), dtype=param_dtype) if use_bias and gated else None
+        self.wo_bias = zeros("D", (d_model,), dtype=param_dtype) if use_bias else None
         self.dropout = Dropout(dropout_rate)
         self.dtype = check_dtype("dtype", dtype)
 
@@ -51,35 +77,23 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: ArrayLike, *, rngs: nnx.Rngs | None = None) -> Array:
         """`[..., D]` to `[..., D]`; dropout where `rngs` is given."""
         x_BTD = as_floats("x_BTD", x_BTD, self.wi.shape[1]).astype(self.dtype)
-        x_BTF = jax.nn.relu(linear(x_BTD, self.wi[...].astype(self.dtype)))
-        x_BTF = self.dropout(x_BTF, rngs=rngs)
-        return linear(x_BTF, self.wo[...].astype(self.dtype))
+        act, y_BTF = ACTIVATIONS[self.activation], self._product(x_BTD, self.wi, self.wi_bias)
+        if self.gate is None:
+            y_BTF = act(y_BTF)
+        else:
+            y_BTF *= act(self._product(x_BTD, self.gate, self.gate_bias))
+        return self._product(self.dropout(y_BTF, rngs=rngs), self.wo, self.wo_bias)
 
-
-class RMSNorm(nnx.RMSNorm):
-    """The norm of the paper's code base: a scale, no mean, no bias; computed in float32."""
-
-    def __init__(self, d_model: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        super().__init__(
-            check_integer("d_model", d_model),
-            dtype=jnp.float32,
-            param_dtype=check_dtype("param_dtype", param_dtype),
-            scale_metadata={"axes": "D"},
-            rngs=rngs,
-        )
-        self.output_dtype = check_dtype("dtype", dtype)
-
-    @automatic(lambda x_BTD, **_: spec(x_BTD))
-    def __call__(self, x_BTD: ArrayLike) -> Array:  # type: ignore[override]  # Without a mask.
-        x_BTD = as_floats("x_BTD", x_BTD, self.num_features)
-        return super().__call__(x_BTD.astype(jnp.float32)).astype(self.output_dtype)
+    def _product(self, x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
+        y = linear(x, weight[...].astype(self.dtype))
+        return y if bias is None else y + jnp.broadcast_to(bias[...].astype(self.dtype), y.shape)
 
 
 class Embedding(nnx.Module):
     """A table of vectors, looked up by id; and, for tied weights, the softmax product with it.
 
-    The vectors have unit variance; `logits` divides by `sqrt(D)` to make up for it, as the paper's
-    code base does for weights shared between embedding and softmax.
+    The vectors have unit variance; `logits` by default divides by `sqrt(D)` to make up for it, as
+    the paper's code base does for weights shared between embedding and softmax.
 
     Args:
       num_embeddings: rows of the table.
@@ -118,13 +132,11 @@ class Embedding(nnx.Module):
         lookup = _lookup_narrow if jnp.finfo(table.dtype).bits < 32 else _lookup
         return lookup(table, ids).astype(self.dtype)
 
-    @automatic(lambda self, x_BTD: logits_spec(self.table, *spec(x_BTD)[:-1]))
-    def logits(self, x_BTD: ArrayLike) -> Array:
-        """`[..., D]` to `[..., V]`, float32."""
-        x_BTD = as_floats("x_BTD", x_BTD, self.table.shape[1])
-        table_VD = self.table[...].astype(self.dtype)
-        x_BTD = x_BTD.astype(self.dtype) * jnp.asarray(table_VD.shape[1] ** -0.5, self.dtype)
-        return linear(x_BTD, table_VD, output_dtype=jnp.float32)
+    @automatic(lambda self, x_BTD, **_: logits_spec(self.table, *spec(x_BTD)[:-1]))
+    def logits(self, x_BTD: ArrayLike, *, scale: float | None = None) -> Array:
+        """`[..., D]` times `scale`, `D ** -0.5` when None, to `[..., V]`, float32."""
+        scale = self.table.shape[1] ** -0.5 if scale is None else scale
+        return _logits(x_BTD, self.table, scale, self.dtype)
 
 
 def _lookup(table_VD: Array, ids: Array) -> Array:
@@ -152,7 +164,7 @@ _lookup_narrow.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Softmax(nnx.Module):
-    """The product that ends a model whose softmax weights are its own: `[V, D]`, no bias."""
+    """The product that ends a model whose softmax weights are its own: `[V, D]`."""
 
     def __init__(
         self,
@@ -168,12 +180,17 @@ class Softmax(nnx.Module):
         self.kernel = param("VD", shape, fan_in=shape[1], rngs=rngs, dtype=param_dtype)
         self.dtype = dtype
 
-    @automatic(lambda self, x_BTD: logits_spec(self.kernel, *spec(x_BTD)[:-1]))
-    def logits(self, x_BTD: ArrayLike) -> Array:
-        """`[..., D]` to `[..., V]`, float32."""
-        x_BTD = as_floats("x_BTD", x_BTD, self.kernel.shape[1])
-        kernel_VD = self.kernel[...].astype(self.dtype)
-        return linear(x_BTD.astype(self.dtype), kernel_VD, output_dtype=jnp.float32)
+    @automatic(lambda self, x_BTD, **_: logits_spec(self.kernel, *spec(x_BTD)[:-1]))
+    def logits(self, x_BTD: ArrayLike, *, scale: float | None = None) -> Array:
+        """`[..., D]`, times `scale` where it is given, to `[..., V]`, float32."""
+        return _logits(x_BTD, self.kernel, 1.0 if scale is None else scale, self.dtype)
+
+
+def _logits(x_BTD: ArrayLike, weight_VD: nnx.Param, scale: float, dtype: DTypeLike) -> Array:
+    x_BTD = as_floats("x_BTD", x_BTD, weight_VD.shape[1]).astype(dtype)
+    if scale != 1:
+        x_BTD *= jnp.asarray(scale, dtype)
+    return linear(x_BTD, weight_VD[...].astype(dtype), output_dtype=jnp.float32)
 
 
 def logits_spec(weight_VD: nnx.Param, *leading: Any) -> PartitionSpec:

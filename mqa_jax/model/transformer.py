@@ -24,12 +24,57 @@ from mqa_jax.attention.module import SelfCache, cross_cache_spec
 from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, partition, spec
-from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer, tokens_and_mask
+from mqa_jax.core.sharding import zeros
+from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer, normed, tokens_and_mask
 from mqa_jax.model.config import TransformerConfig
-from mqa_jax.model.layers import Embedding, RMSNorm, Softmax, logits_spec
+from mqa_jax.model.layers import Embedding, Softmax, logits_spec
 
 
-class EncoderDecoder(nnx.Module):
+class _Model(nnx.Module):
+    """What both models end in: the vectors behind the decoder to logits."""
+
+    def __init__(self, config: TransformerConfig, is_tied: bool, has_memory: bool, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs, **config.dtypes)
+        self._build_encoder(rngs)
+        self.decoder = _Decoder(config, has_memory, rngs)
+        sizes = config.d_model, config.vocab_size
+        is_tied = is_tied if config.tied_softmax is None else config.tied_softmax
+        self.softmax = None if is_tied else Softmax(*sizes, rngs=rngs, **config.dtypes)
+        has_bias = "logits" in config.bias
+        dtype = jnp.dtype(config.param_dtype)
+        self.logits_bias = zeros("V", sizes[1:], dtype=dtype) if has_bias else None
+
+    def _build_encoder(self, rngs: nnx.Rngs) -> None:
+        """Of a model that has one."""
+
+    @property
+    def softmax_weight(self) -> nnx.Param:
+        """`[V, D]`, what the logits are a product with."""
+        return self.embedding.table if self.softmax is None else self.softmax.kernel
+
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None
+    ) -> tuple[SelfCache, ...]:
+        """Empty self-attention caches, one a decoder layer, for `length` (target) tokens a row.
+
+        Their keys and values are of the model's dtype when `dtype` is None.
+        """
+        return self.decoder.init_cache(batch, length, dtype)
+
+    def _logits(self, x_BTD: Array) -> Array:
+        """`[B, T, V]` float32."""
+        product = (self.softmax or self.embedding).logits
+        logits_BTV = product(x_BTD, scale=self.config.logits_scale)
+        if self.logits_bias is not None:
+            bias_V = self.logits_bias[...].astype(jnp.float32)
+            logits_BTV += jnp.broadcast_to(bias_V, logits_BTV.shape)
+        if (cap := self.config.logits_softcap) is not None:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+        return logits_BTV
+
+
+class EncoderDecoder(_Model):
     """The translation model of the paper's section 4.1, with one matrix for source embedding,
     target embedding and softmax.
 
@@ -39,19 +84,25 @@ class EncoderDecoder(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs, **config.dtypes)
+        if config.block == "parallel":
+            raise ValueError(
+                "block='parallel' leaves no place for cross-attention: an EncoderDecoder is 'pre', "
+                "'post' or 'sandwich'"
+            )
+        super().__init__(config, True, True, rngs)
+
+    def _build_encoder(self, rngs: nnx.Rngs) -> None:
+        config = self.config
+        layers = config.num_encoder_layers or config.num_layers
         self.encoder_embedder = _Embedder(config, rngs)
-        self.encoder_layers = nnx.List(
-            [_EncoderLayer(config, rngs) for _ in range(config.num_layers)]
-        )
-        self.encoder_norm = RMSNorm(config.d_model, rngs=rngs, **config.dtypes)
-        self.decoder = _Decoder(config, True, rngs)
+        self.encoder_layers = nnx.List([_EncoderLayer(config, rngs) for _ in range(layers)])
+        self.encoder_positions = config.relative_bias(rngs, bidirectional=True)
+        self.encoder_norm = None if config.block == "post" else config.layer_norm(rngs)
         self.dropout = Dropout(config.dropout_rate)
 
     @automatic(
         lambda self, target_inputs_BT, **_: logits_spec(
-            self.embedding.table, *spec(target_inputs_BT)
+            self.softmax_weight, *spec(target_inputs_BT)
         )
     )
     def __call__(
@@ -101,7 +152,7 @@ class EncoderDecoder(nnx.Module):
             memory_mask=memory_mask,
             rngs=rngs,
         )
-        return self.embedding.logits(x_BTD)
+        return self._logits(x_BTD)
 
     @automatic(lambda source_tokens_BS, **_: partition(*spec(source_tokens_BS), None))
     def encode(
@@ -118,17 +169,8 @@ class EncoderDecoder(nnx.Module):
             source_tokens_BS, self.embedding, positions, rngs, is_token_BS
         )
         for layer in self.encoder_layers:
-            x_BSD = self.config.call(layer, x_BSD, mask, rngs)
-        return self.dropout(self.encoder_norm(x_BSD), rngs=rngs)
-
-    def init_cache(
-        self, batch: int, length: int, dtype: DTypeLike | None = None
-    ) -> tuple[SelfCache, ...]:
-        """Empty self-attention caches, one a decoder layer, for `length` target tokens a row.
-
-        Their keys and values are of the model's dtype when `dtype` is None.
-        """
-        return self.decoder.init_cache(batch, length, dtype)
+            x_BSD = self.config.call(layer, x_BSD, mask, self.encoder_positions, positions, rngs)
+        return self.dropout(normed(self.encoder_norm, x_BSD), rngs=rngs)
 
     @automatic(
         lambda self, source_tokens_BS, **_: tuple(
@@ -165,7 +207,7 @@ class EncoderDecoder(nnx.Module):
             for layer in self.decoder.layers
         )
 
-    @automatic(lambda self, tokens_BT, cache, **_: _specs(self.embedding.table, tokens_BT, cache))
+    @automatic(lambda self, tokens_BT, cache, **_: _specs(self.softmax_weight, tokens_BT, cache))
     def prefill(
         self,
         tokens_BT: Array,
@@ -186,9 +228,9 @@ class EncoderDecoder(nnx.Module):
           logits that nobody reads are not computed.
         """
         x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, cross, lengths_B)
-        return self.embedding.logits(x_BTD), cache
+        return self._logits(x_BTD), cache
 
-    @automatic(lambda self, tokens_B, cache, **_: _specs(self.embedding.table, tokens_B, cache))
+    @automatic(lambda self, tokens_B, cache, **_: _specs(self.softmax_weight, tokens_B, cache))
     def decode(
         self, tokens_B: Array, cache: tuple[SelfCache, ...], cross: tuple[CrossCache, ...]
     ) -> tuple[Array, tuple[SelfCache, ...]]:
@@ -201,7 +243,7 @@ class EncoderDecoder(nnx.Module):
         return logits_BTV[:, 0], cache
 
 
-class DecoderOnly(nnx.Module):
+class DecoderOnly(_Model):
     """The language model of the paper's section 4.3: a decoder alone, softmax weights of its own.
 
     Args:
@@ -210,12 +252,9 @@ class DecoderOnly(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs, **config.dtypes)
-        self.decoder = _Decoder(config, False, rngs)
-        self.softmax = Softmax(config.d_model, config.vocab_size, rngs=rngs, **config.dtypes)
+        super().__init__(config, False, False, rngs)
 
-    @automatic(lambda self, inputs_BT, **_: logits_spec(self.softmax.kernel, *spec(inputs_BT)))
+    @automatic(lambda self, inputs_BT, **_: logits_spec(self.softmax_weight, *spec(inputs_BT)))
     def __call__(
         self,
         inputs_BT: Array,
@@ -226,15 +265,9 @@ class DecoderOnly(nnx.Module):
     ) -> Array:
         """Logits of every next token, `[B, T, V]` float32; arguments as for `EncoderDecoder`."""
         x_BTD = self.decoder(inputs_BT, self.embedding, positions, segment_ids, rngs=rngs)
-        return self.softmax.logits(x_BTD)
+        return self._logits(x_BTD)
 
-    def init_cache(
-        self, batch: int, length: int, dtype: DTypeLike | None = None
-    ) -> tuple[SelfCache, ...]:
-        """Empty caches, one a layer, for `length` tokens a row; of the model's dtype when None."""
-        return self.decoder.init_cache(batch, length, dtype)
-
-    @automatic(lambda self, tokens_BT, cache, **_: _specs(self.softmax.kernel, tokens_BT, cache))
+    @automatic(lambda self, tokens_BT, cache, **_: _specs(self.softmax_weight, tokens_BT, cache))
     def prefill(
         self,
         tokens_BT: Array,
@@ -244,9 +277,9 @@ class DecoderOnly(nnx.Module):
         """As `EncoderDecoder.prefill`, without a source."""
         no_memory = (None,) * len(self.decoder.layers)
         x_BTD, cache = self.decoder.extend(tokens_BT, self.embedding, cache, no_memory, lengths_B)
-        return self.softmax.logits(x_BTD), cache
+        return self._logits(x_BTD), cache
 
-    @automatic(lambda self, tokens_B, cache, **_: _specs(self.softmax.kernel, tokens_B, cache))
+    @automatic(lambda self, tokens_B, cache, **_: _specs(self.softmax_weight, tokens_B, cache))
     def decode(
         self, tokens_B: Array, cache: tuple[SelfCache, ...]
     ) -> tuple[Array, tuple[SelfCache, ...]]:

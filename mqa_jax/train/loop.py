@@ -74,6 +74,8 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         f"{parameters:,} parameters, {mesh.size} {mesh.devices.flat[0].platform} device(s), "
         f"step {start:,} to {settings.steps:,}"
     )
+    if start >= settings.steps:
+        log.print(f"nothing is left to train: decode with mqa-jax decode --workdir={path}")
     for remark in remarks(config):
         log.print(remark)
     index, count = row_share(mesh, settings.batch_size)

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder, Model, build_model
+from mqa_jax.model.transformer import EncoderDecoder, Model, build_model
 from mqa_jax.train.diagnose import make_diagnosis
 from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
 from mqa_jax.train.state import TrainState, abstract_state, init_state
@@ -71,18 +71,19 @@ def train_flops(model: Model, rows: int, source_length: int, target_length: int)
     """
     sources, targets = source_length, target_length
     config, decoder = model.config, model.decoder.layers[0]
-    pairs = targets * targets
+    pairs = config.num_layers * targets * targets
     # Weights that are multiplied with, and how many tokens each.
-    products: list[tuple[nnx.Module, int]] = [
-        (model.softmax if isinstance(model, DecoderOnly) else model.embedding, targets)
-    ]
+    products: list[tuple[nnx.Module, int]] = [(model.softmax or model.embedding, targets)]
     products += [(decoder.attention, targets), (decoder.feed_forward, targets)] * config.num_layers
     if isinstance(model, EncoderDecoder):
         encoder, cross = model.encoder_layers[0], decoder.cross_attention
-        pairs += sources * sources + targets * sources
+        layers = len(model.encoder_layers)
+        pairs += layers * sources * sources + config.num_layers * targets * sources
         products += [
             (encoder.attention, sources),
             (encoder.feed_forward, sources),
+        ] * layers
+        products += [
             (nnx.List([cross.query, cross.out]), targets),
             (nnx.List([cross.key, cross.value]), sources),
         ] * config.num_layers
@@ -90,5 +91,5 @@ def train_flops(model: Model, rows: int, source_length: int, target_length: int)
         2 * sum(x.size for x in jax.tree.leaves(nnx.state(module))) * tokens
         for module, tokens in products
     )
-    forward += 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    forward += 4 * config.num_heads * config.head_dim * pairs
     return 3 * rows * forward

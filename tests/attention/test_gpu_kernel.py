@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import mqa_jax
 from mqa_jax.attention import cached
-from mqa_jax.attention.functional import attend
+from mqa_jax.attention.functional import Logits, attend
 from mqa_jax.attention.kernels import gpu
 from mqa_jax.decode.beam import expand, reorder
 
@@ -65,7 +65,7 @@ def test_the_first_slots_of_each_row(heads, kv_heads, splits, dtype):
     )
     assert got.dtype == query.dtype
     mask = (jnp.arange(slots)[None] < end[:, None])[:, None, None]
-    close(got, attend(query, key, value, mask, 0.3), dtype)
+    close(got, attend(query, key, value, mask, Logits(0.3)), dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -77,7 +77,7 @@ def test_masks_of_every_query_and_of_all(length, mask_length, splits):
     got = gpu.flash_decode(
         query, key, value, mask_BTS=mask, scale=0.3, splits=splits, block=16, interpret=True
     )
-    close(got, attend(query, key, value, mask[:, None], 0.3))
+    close(got, attend(query, key, value, mask[:, None], Logits(0.3)))
     assert not np.any(got[1, 0])
 
 
@@ -114,7 +114,7 @@ def test_a_cache_of_another_dtype_than_the_queries():
     got = gpu.flash_decode(query, key, value, end_B=end, scale=0.3, block=16, interpret=True)
     assert got.dtype == query.dtype
     mask = (jnp.arange(70)[None] < end[:, None])[:, None, None]
-    close(got, attend(query, key, value, mask, 0.3), "bfloat16")
+    close(got, attend(query, key, value, mask, Logits(0.3)), "bfloat16")
 
 
 def test_splits_fill_the_gpu_and_no_more():

@@ -88,7 +88,15 @@ def test_a_query_that_is_not_finite_stays_alone():
 
 
 @pytest.mark.parametrize(
-    ("bad", "dtype"), [(np.nan, "float32"), (np.inf, "float32"), (np.nan, "bfloat16")]
+    ("bad", "dtype"),
+    # The last two are finite, and their keys and values are not.
+    [
+        (np.nan, "float32"),
+        (np.inf, "float32"),
+        (np.nan, "bfloat16"),
+        (3e38, "float32"),
+        (6e4, "float16"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["padding", "packed", "causal", "window", "memory"])
 def test_the_full_pass_and_the_gradients_of_all_weights(kind, bad, dtype):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqa_jax.core.dropout import Dropout
-from mqa_jax.model.layers import Embedding, FeedForward, RMSNorm, Softmax
+from mqa_jax.core.norms import RMSNorm
+from mqa_jax.model.layers import Embedding, FeedForward, Softmax
 
 B, T, D, F, V = 2, 3, 5, 7, 11
 
