@@ -39,8 +39,8 @@ def test_what_is_saved_is_the_checkpoint_that_was_loaded(tmp_path, name):
     expected = {key: x for key, x in tensors(name).items() if key != "lm_head.weight"}
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        # Of Gemma 1 is added and taken off again.
-        np.testing.assert_allclose(found[key], tensor, rtol=0, atol=1e-7, err_msg=key)
+        # Of Gemma 1 is added and taken off again, which rounds twice.
+        np.testing.assert_allclose(found[key], tensor, rtol=0, atol=3e-7, err_msg=key)
 
 
 @pytest.mark.parametrize("name", ["gemma", "gpt2", "mt5"])
