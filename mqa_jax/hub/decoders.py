@@ -90,8 +90,13 @@ def _read_mistral(keys: Keys, sizes: Fields) -> Fields:
     return _read_llama(keys, sizes) | dict(bias=(), window=window)
 
 
+def _one_window(config: TransformerConfig) -> int | None:
+    """The window of all layers; those of a tuple have no key."""
+    return None if isinstance(config.window, tuple) else config.window
+
+
 def _write_mistral(config: TransformerConfig) -> Fields:
-    return _write_llama(config) | dict(sliding_window=config.window)
+    return _write_llama(config) | dict(sliding_window=_one_window(config))
 
 
 def _read_qwen2(keys: Keys, sizes: Fields) -> Fields:
@@ -137,7 +142,7 @@ def _write_starcoder2(config: TransformerConfig) -> Fields:
     return rope_keys(config) | dict(
         num_key_value_heads=config.num_kv_heads,
         norm_epsilon=config.norm_epsilon,
-        sliding_window=config.window if isinstance(config.window, int) else None,
+        sliding_window=_one_window(config),
         use_bias=bool(config.bias),
         hidden_act=written(config.activation),
     )

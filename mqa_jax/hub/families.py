@@ -88,9 +88,12 @@ def write_options(family: Family, config: TransformerConfig) -> Fields:
         tie_word_embeddings=_resolved(family, config)["tied_softmax"],
     )
     written |= family.write(config)
-    _, fields = read_options(written, "config.json")
     wanted = _resolved(family, config)
-    read = _resolved(family, TransformerConfig(**fields))
+    try:
+        _, fields = read_options(written, "config.json")
+        read = _resolved(family, TransformerConfig(**fields))
+    except ValueError as error:
+        raise ValueError(f"this model cannot be a {family.model_type}: {error}") from None
     # What a T5 does not say: it has no longest length; which softmax it has, its tensors tell.
     told = set(wanted) - {"tied_softmax"} - ({"max_length"} - set(family.sizes))
     if lacking := [name for name in wanted if name in told and wanted[name] != read[name]]:

@@ -21,6 +21,9 @@ def golden(name: str) -> dict:
     config = transformers.AutoConfig.for_model(**CONFIGS[name])
     kind = getattr(transformers, CONFIGS[name]["architectures"][0])
     model = kind(config).eval()
+    if not CONFIGS[name].get("tie_word_embeddings", True):
+        # A new T5 of version 5 is always tied, whatever it would be when it is read.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     own = dict(model.state_dict())
     # Of weights that share their memory the first one is kept, as in a file.
     kept, seen = {}, set()

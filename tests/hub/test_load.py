@@ -180,7 +180,7 @@ def test_weights_are_of_the_dtype_that_is_asked_for_and_norms_of_float32(tmp_pat
 def test_weights_lie_where_the_rules_put_them(tmp_path):
     replace(write(tmp_path, "qwen3"), tensors("qwen3"))
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    with pytest.raises(ValueError, match=r"axis V .* size 31, which the 2 parts"):
+    with pytest.raises(ValueError, match=r"axis F .* size 29, which the 2 parts"):
         load(tmp_path, mesh=mesh)
     directory = write(tmp_path / "even", "qwen3", vocab_size=32, intermediate_size=28)
     found = tensors("qwen3")
@@ -243,5 +243,5 @@ def test_defaults_that_cannot_be_are_refused(tmp_path, values, message):
     if message is None:
         assert load(directory).generation.bad_words == ((3,),)
         return
-    with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+    with pytest.raises(ValueError, match=f"generation_config.json: .*{message}"):
         load(directory)

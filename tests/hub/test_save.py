@@ -89,7 +89,7 @@ def test_a_model_alone_is_saved_as_what_is_said(tmp_path):
 
 def test_the_papers_model_is_no_familys(tmp_path):
     sizes = dict(vocab_size=7, d_model=6, d_ff=5, num_layers=1, num_heads=2, num_kv_heads=1)
-    config = TransformerConfig(**sizes, head_dim=3, max_length=11)
+    config = TransformerConfig(**sizes, head_dim=4, max_length=11)
     model = DecoderOnly(config, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a checkpoint of llama cannot say positions='learned'"):
         save(tmp_path / "saved", model, family="llama")
