@@ -8,13 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mqa_jax"
 
 # From the bottom to the top: a folder imports itself and what stands before it.
-ORDER = ("core", "attention", "model", "decode", "data", "train", "measure", "cli")
+ORDER = ("core", "attention", "model", "decode", "data", "hub", "train", "measure", "cli")
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Where each of these may be imported, and nowhere else.
 KNOWN_IN = {
     "orbax": ["train/checkpoint.py"],
     "matplotlib": ["measure/plots.py"],
     "tensorflow_datasets": ["data/number_phrases.py", "data/parallel_text.py", "data/raw.py"],
+    "safetensors": ["hub/files.py", "hub/save.py"],
+    "tokenizers": ["hub/tokenizer.py"],
     "tensorflow": [],
 }
 # Without JAX, so that they can be read, and used, where there is none.

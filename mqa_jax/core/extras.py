@@ -1,8 +1,8 @@
 """What the core installation leaves out: which extra has it, said in one line where it is missing.
 
 `pip install mqa_jax` brings jax, flax and numpy. The folders that need more say so in their
-`__init__.py`, which is run before any of their files: `train` and `data` need [train], `measure`
-needs [plot].
+`__init__.py`, which is run before any of their files: `train` and `data` need [train], `hub` needs
+[hub], `measure` needs [plot].
 """
 
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ EXTRAS = {
         "tensorstore",
         "tqdm",
     ),
+    "hub": ("safetensors", "sentencepiece", "tokenizers"),
     "plot": ("absl", "matplotlib", "ml_collections", "rich"),
 }
 

@@ -15,7 +15,9 @@ from mqa_jax.core.extras import EXTRAS, MissingExtra, require
 ROOT = Path(__file__).parents[2]
 CORE = {"jax", "jaxlib", "flax", "numpy"}
 # Of which extras the files of a folder may import; the folders that are not here, of none.
-MAY_IMPORT = dict(data=["train"], train=["train"], measure=["train", "plot"], cli=["train", "plot"])
+MAY_IMPORT = dict(
+    data=["train"], hub=["hub"], train=["train"], measure=["train", "plot"], cli=["train", "plot"]
+)
 # What config files import, whoever reads them: ml_collections is in both extras.
 MAY_IMPORT["core/config.py"] = ["plot"]
 
@@ -69,6 +71,7 @@ def test_files_import_what_their_folder_asks_for(path):
         ("mqa_jax.data.loader", "array_record", "train"),
         ("mqa_jax.data", "ml_collections", "train"),
         ("mqa_jax.measure.report", "matplotlib", "plot"),
+        ("mqa_jax.hub", "tokenizers", "hub"),
     ],
 )
 def test_the_first_use_says_what_to_install(module, missing, extra):

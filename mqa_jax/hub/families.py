@@ -1,0 +1,127 @@
+"""Which family a `config.json` is of, and the model that it describes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mqa_jax.hub.decoders import DECODERS
+from mqa_jax.hub.family import Family, Fields
+from mqa_jax.hub.keys import Keys
+from mqa_jax.hub.translators import TRANSLATORS
+from mqa_jax.model.config import TransformerConfig
+
+FAMILIES: Mapping[str, Family] = {f.model_type: f for f in (*DECODERS, *TRANSLATORS)}
+
+# The heads that end in a softmax over the vocabulary; old ones of T5 and Falcon among them.
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
+
+# What of a model its checkpoint does not say.
+_OWN_FIELDS = [
+    "dtype",
+    "param_dtype",
+    "remat",
+    "dropout_rate",
+    "attention_dropout_rate",
+    "relu_dropout_rate",
+]
+
+
+def family_named(name: str) -> Family:
+    """A family by its `model_type`.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"{name!r} is not a supported model type: {', '.join(FAMILIES)} are")
+    return FAMILIES[name]
+
+
+def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]:
+    """The family of a `config.json`, and the fields of `TransformerConfig` that it asks for.
+
+    Args:
+      config: as it was read.
+      where: what errors call it.
+
+    Raises:
+      ValueError: something that is not supported, or no value that a model can have; the message
+        has the key.
+    """
+    keys = Keys(config, where)
+    if "model_type" not in keys:
+        raise ValueError(f"{where}: model_type is missing, which says what family it is of")
+    if (name := keys.text("model_type")) not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise keys.refused("model_type", f"which is not supported: {known} are")
+    if "quantization_config" in keys:
+        raise ValueError(
+            f"{where} has a quantization_config: quantized checkpoints are not read, take the one "
+            "that this was made from, with weights in bfloat16, float16 or float32"
+        )
+    architectures = keys.get("architectures", [])
+    if not isinstance(architectures, list) or not all(
+        isinstance(name, str) and name.endswith(_HEADS) for name in architectures
+    ):
+        raise keys.refused(
+            "architectures",
+            f"but only models with a language model's head are read: {', '.join(_HEADS)}",
+        )
+    family = FAMILIES[name]
+    keys.only(family.only, "only this is supported:")
+    sizes = {field: keys.integer(key) for field, key in family.sizes.items()}
+    is_tied = keys.flag("tie_word_embeddings", family.is_tied)
+    return family, dict(tied_softmax=is_tied, logits_scale=1.0) | sizes | family.read(keys, sizes)
+
+
+def write_options(family: Family, config: TransformerConfig) -> Fields:
+    """The `config.json` of a model, without the ids of its tokens; its keys are of version 4.
+
+    Raises:
+      ValueError: the family has no key for something that the model does.
+    """
+    written = {key: getattr(config, field) for field, key in family.sizes.items()}
+    written |= dict(
+        model_type=family.model_type,
+        architectures=[family.architecture],
+        torch_dtype=config.param_dtype,
+        tie_word_embeddings=_resolved(family, config)["tied_softmax"],
+    )
+    written |= family.write(config)
+    wanted = _resolved(family, config)
+    try:
+        _, fields = read_options(written, "config.json")
+        read = _resolved(family, TransformerConfig(**fields))
+    except ValueError as error:
+        raise ValueError(f"this model cannot be a {family.model_type}: {error}") from None
+    # What a T5 does not say: it has no longest length; which softmax it has, its tensors tell.
+    told = set(wanted) - {"tied_softmax"} - ({"max_length"} - set(family.sizes))
+    if lacking := [name for name in wanted if name in told and wanted[name] != read[name]]:
+        raise ValueError(
+            f"a checkpoint of {family.model_type} cannot say "
+            + ", ".join(f"{name}={wanted[name]!r}" for name in lacking)
+            + f" (it would be {', '.join(f'{read[name]!r}' for name in lacking)}): save it as "
+            f"another of {', '.join(FAMILIES)}, or keep it in a checkpoint of mqa_jax"
+        )
+    return written
+
+
+def _resolved(family: Family, config: TransformerConfig) -> Fields:
+    """The fields that make a checkpoint, with what None stands for in its place."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    fields = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
+    is_translation = family.task == "translation"
+    is_tied = is_translation if config.tied_softmax is None else config.tied_softmax
+    none = dict(
+        num_encoder_layers=config.num_layers,
+        encoder_kv_heads=config.num_kv_heads,
+        cross_kv_heads=config.num_kv_heads,
+        attention_scale=config.head_dim**-0.5,
+        tied_softmax=is_tied,
+        logits_scale=config.d_model**-0.5 if is_tied else 1.0,
+    )
+    fields |= {name: value for name, value in none.items() if fields[name] is None}
+    fields["bias"] = tuple(sorted(config.bias))
+    if isinstance(config.window, tuple) and len(set(config.window)) == 1:
+        fields["window"] = config.window[0]
+    return fields

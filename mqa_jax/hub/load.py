@@ -1,0 +1,252 @@
+"""A directory of the hub as a model: checked whole, then read tensor by tensor."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from mqa_jax.core.arrays import check_dtype
+from mqa_jax.core.checks import check_integer
+from mqa_jax.core.sharding import ShardingRules
+from mqa_jax.hub.families import read_options
+from mqa_jax.hub.family import Family
+from mqa_jax.hub.files import CONFIG, Directory
+from mqa_jax.hub.generation import Generation, read_generation
+from mqa_jax.hub.tensors import Stored, is_norm, stored_weights
+from mqa_jax.hub.tokenizer import Tokenizer, load_tokenizer
+from mqa_jax.model.config import TransformerConfig
+from mqa_jax.model.transformer import MODELS, Model
+
+SOFTMAX = "lm_head.weight"
+# What stands beside the part of a model that `Family.head` names.
+_HEADLESS = (SOFTMAX, "final_logits_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a directory of the hub holds.
+
+    Attributes:
+      model: with its weights.
+      tokenizer: None where the directory has none that can be read.
+      generation: how its authors mean it to be decoded.
+      family: its `model_type`.
+    """
+
+    model: Model
+    tokenizer: Tokenizer | None
+    generation: Generation
+    family: str
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = "float32",
+    max_length: int | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Pretrained:
+    """Reads a model that was downloaded from the Hugging Face hub, or that `save` wrote.
+
+    No weight is read of a directory in which anything is not understood. Then tensors are read one
+    by one, and each goes where it belongs: there is never a second copy of the model.
+
+    Args:
+      directory: with `config.json`, and weights as safetensors.
+      dtype: float32 or bfloat16, of the activations, and of all weights but those of norms, which
+        are float32.
+      max_length: the longest sequence, in place of what `config.json` says (512 for T5, which has
+        no longest one). A model with a table of positions has just those.
+      mesh: what the weights are split over; one device when None.
+      rules: how they are; `ShardingRules()` when None.
+
+    Raises:
+      ValueError: what is there is damaged, or not supported; a tensor is missing, misshapen, or
+        one too many; a weight is NaN or infinite. The message names the file, and the key or the
+        tensor.
+    """
+    files = Directory(directory)
+    family, config = _options(files, dtype, max_length)
+    named = _named(family, files)
+    table = _table(family, config, files, named)
+    is_tied = SOFTMAX not in named or files.are_equal(named[SOFTMAX], table)
+    config = dataclasses.replace(config, tied_softmax=is_tied)
+    generation = read_generation(files, config.vocab_size, family.task == "translation")
+    tokenizer = load_tokenizer(files.path, family.model_type)
+
+    model = nnx.eval_shape(lambda: MODELS[family.task](config, rngs=nnx.Rngs(params=0)))
+    graphdef, state = nnx.split(model)
+    abstract = weights_by_path(state)
+    stored = stored_weights(family, config, {path: x.shape for path, x in abstract.items()})
+    sources = _sources(family, config, files, named, stored, table)
+    weights = {}
+    # File by file, as disks are read from front to back.
+    for source, tensor in sorted(sources.items(), key=lambda item: _place(files, item[0])):
+        for path, array in zip(tensor.weights, tensor.apart(files.read(source)), strict=True):
+            axes, sharding = abstract[path].get_metadata().get("axes", ""), None
+            if mesh is not None:
+                shape = array.shape if axes else ()
+                sharding = (rules or ShardingRules()).sharding(mesh, axes, shape)
+            array = array.astype(np.float32 if is_norm(path) else config.dtype, copy=False)
+            weights[path] = abstract[path].replace(jax.device_put(array, sharding))
+    state = nnx.map_state(lambda path, _: weights[_dotted(path)], state)
+    return Pretrained(nnx.merge(graphdef, state), tokenizer, generation, family.model_type)
+
+
+def read_config(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = "float32",
+    max_length: int | None = None,
+) -> tuple[str, TransformerConfig]:
+    """What a `config.json` asks for, without weights: the model can be built, and measured.
+
+    Args:
+      directory: with `config.json`.
+      dtype: as for `load`.
+      max_length: as for `load`.
+
+    Returns:
+      the task, of `mqa_jax.model.transformer.MODELS`, and the sizes.
+
+    Raises:
+      ValueError: as `load`, of `config.json` alone.
+    """
+    family, config = _options(Directory(directory), dtype, max_length)
+    return family.task, config
+
+
+def weights_by_path(state: nnx.State) -> dict[str, nnx.Variable]:
+    """A model's weights, by the names of attributes that lead to each, dots between them."""
+    return {_dotted(path): weight for path, weight in nnx.to_flat_state(state)}
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _options(
+    files: Directory, dtype: DTypeLike, max_length: int | None
+) -> tuple[Family, TransformerConfig]:
+    name = check_dtype("dtype", dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {name}: a model of the hub is loaded in float32 or bfloat16")
+    where = str(files.path / CONFIG)
+    family, fields = read_options(files.config, where)
+    try:
+        config = TransformerConfig(**fields, dtype=name, param_dtype=name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if max_length is None or check_integer("max_length", max_length) == config.max_length:
+        return family, config
+    if config.positions == "learned":
+        raise ValueError(
+            f"max_length={max_length}, but {where} has a table of {config.max_length} positions: "
+            "leave max_length out"
+        )
+    return family, dataclasses.replace(config, max_length=max_length)
+
+
+def _named(family: Family, files: Directory) -> dict[str, str]:
+    """The names that the family has for tensors, and those that they have in the files."""
+    named: dict[str, str] = {}
+    for name in files.tensors:
+        is_whole = name.startswith(family.head) or name in _HEADLESS
+        full = name if is_whole else family.head + name
+        if full in named:
+            raise ValueError(f"{files.path} has both {named[full]} and {name}, which are the same")
+        named[full] = name
+    return named
+
+
+def _table(
+    family: Family, config: TransformerConfig, files: Directory, named: Mapping[str, str]
+) -> str:
+    """The name of the token table in the files, of which all copies are equal.
+
+    Raises:
+      ValueError: there is none, or two differ.
+    """
+    own = family.names(config)["embedding"] + ".weight"
+    names = [name for name in (own, *family.tables) if name in named]
+    # It may be stored under any one of its names, and the softmax product's is one where it is so.
+    if not names and config.tied_softmax and SOFTMAX in named:
+        names = [SOFTMAX]
+    if not names:
+        raise _missing(files, own)
+    for copy in names[1:]:
+        if not files.are_equal(named[names[0]], named[copy]):
+            raise ValueError(
+                f"{named[copy]} and {named[names[0]]} in {files.path} differ, but they are one "
+                f"table in a {family.model_type}"
+            )
+    return named[names[0]]
+
+
+def _sources(
+    family: Family,
+    config: TransformerConfig,
+    files: Directory,
+    named: Mapping[str, str],
+    stored: Mapping[str, Stored],
+    table: str,
+) -> dict[str, Stored]:
+    """What each tensor of the files holds.
+
+    Raises:
+      ValueError: one is missing, or one too many, or of another shape, or not of floats.
+    """
+    sources, tensors = {}, files.tensors
+    for name, tensor in stored.items():
+        if "embedding.table" in tensor.weights:
+            sources[table] = tensor
+        elif name in named:
+            sources[named[name]] = tensor
+        else:
+            raise _missing(files, name)
+    copies = {*family.tables, family.names(config)["embedding"] + ".weight", SOFTMAX}
+    extra = [
+        name
+        for full, name in named.items()
+        if name not in sources and full not in copies and not _is_ignored(family, full, files, name)
+    ]
+    if extra:
+        count = f" (of {len(extra)} such)" if len(extra) > 1 else ""
+        raise ValueError(
+            f"{files.path} has {extra[0]}, {tensors[extra[0]]}{count}, but the model of its "
+            f"{CONFIG}, of {config.num_layers} layers, has no place for it: they do not belong "
+            "together, or a key is missing there"
+        )
+    for name, tensor in sources.items():
+        found = files.floats(name)
+        if found.shape != tensor.shape:
+            raise ValueError(
+                f"{name} is {found}, but by {files.path / CONFIG} it must be {list(tensor.shape)}"
+            )
+    return sources
+
+
+def _missing(files: Directory, name: str) -> ValueError:
+    return ValueError(
+        f"{files.path} lacks the tensor {name}, which the model of its {CONFIG} needs: download it "
+        "again, or look whether the two belong together"
+    )
+
+
+def _is_ignored(family: Family, full: str, files: Directory, name: str) -> bool:
+    rank = len(files.tensors[name].shape)
+    return any(
+        re.fullmatch(pattern, full) and ranks in (None, rank)
+        for pattern, ranks in family.ignored.items()
+    )
+
+
+def _place(files: Directory, name: str) -> str:
+    return files.tensors[name].file.name

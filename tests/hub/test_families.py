@@ -1,0 +1,243 @@
+"""What a config.json asks for, in both generations of it; and what is refused of it."""
+
+import dataclasses
+import json
+
+import pytest
+from checkpoints import CONFIGS
+
+from mqa_jax.attention.positions import Rope
+from mqa_jax.hub import FAMILIES, read_config
+from mqa_jax.hub.families import read_options, write_options
+from mqa_jax.model.config import TransformerConfig
+
+
+def read(name, **changes):
+    """The fields that a config of `CONFIGS` asks for, with other keys; None for absent ones."""
+    config = {key: value for key, value in (CONFIGS[name] | changes).items() if value is not None}
+    return read_options(config, "config.json")[1]
+
+
+def config_of(name, **changes):
+    return TransformerConfig(**read(name, **changes))
+
+
+def test_every_family_has_a_checkpoint_here():
+    assert {config["model_type"] for config in CONFIGS.values()} == set(FAMILIES)
+
+
+SAID = {
+    "gpt2": dict(
+        d_ff=80, head_dim=4, num_kv_heads=5, norm="layer", norm_epsilon=1e-5, positions="learned",
+        activation="gelu_tanh", bias=("qkv", "out", "mlp"), max_length=11, tied_softmax=True,
+        logits_scale=1.0, block="pre", gated=False,
+    ),
+    "gpt_bigcode": dict(d_ff=43, num_kv_heads=1, activation="gelu_tanh"),
+    "gpt_bigcode_heads": dict(d_ff=80, num_kv_heads=5, activation="gelu"),
+    "llama": dict(
+        head_dim=4, num_kv_heads=3, norm="rms", norm_epsilon=1e-3, bias=("qkv", "out"),
+        gated=True, activation="silu", tied_softmax=False, window=None,
+        rope=Rope(100.0, "llama3", 4.0, 1.0, 2.0, 13),
+    ),
+    "llama_linear": dict(rope=Rope(100.0, "linear", 3.0), bias=("mlp",), tied_softmax=True),
+    "mistral": dict(head_dim=6, window=3, bias=(), rope=Rope(100.0)),
+    "qwen2": dict(window=None, bias=("qkv",), qk_norm=False, head_dim=4),
+    "qwen2_windows": dict(window=(None, 3)),
+    "qwen3": dict(head_dim=10, qk_norm=True, bias=(), window=None),
+    "starcoder2": dict(
+        norm="layer", window=4, bias=("qkv", "out", "mlp"), gated=False, activation="gelu_tanh",
+        tied_softmax=True,
+    ),
+    "gemma": dict(
+        head_dim=8, num_kv_heads=1, activation="gelu_tanh", embedding_scale=24**0.5,
+        tied_softmax=True, attention_softcap=None,
+    ),
+    "gemma2": dict(
+        block="sandwich", window=(3, None), attention_scale=11**-0.5, attention_softcap=2.0,
+        logits_softcap=3.0, activation="gelu_tanh", embedding_scale=24**0.5,
+    ),
+    "falcon_7b": dict(
+        num_kv_heads=1, block="parallel", parallel_norms=1, bias=(), activation="gelu", d_ff=96,
+        norm="layer", max_length=2048, positions="rope",
+    ),
+    "falcon_40b": dict(num_kv_heads=2, block="parallel", parallel_norms=2),
+    "falcon_11b": dict(num_kv_heads=3, block="parallel", parallel_norms=1, d_ff=41),
+    "falcon_sequential": dict(num_kv_heads=6, block="pre", bias=("qkv", "out", "mlp")),
+    "t5": dict(
+        num_layers=2, num_encoder_layers=3, head_dim=7, num_kv_heads=3, positions="relative",
+        relative_buckets=6, relative_distance=7, attention_scale=1.0, activation="relu",
+        gated=False, tied_softmax=True, logits_scale=22**-0.5, max_length=512, norm="rms",
+    ),
+    "t5_gated": dict(activation="gelu_tanh", gated=True, logits_scale=1.0, tied_softmax=False),
+    "mt5": dict(activation="gelu_tanh", gated=True, logits_scale=1.0),
+    "marian": dict(
+        num_layers=2, num_encoder_layers=1, block="post", positions="sinusoidal", norm="layer",
+        norm_epsilon=1e-5, bias=("qkv", "out", "mlp", "logits"), activation="silu",
+        embedding_scale=20**0.5, tied_softmax=True, logits_scale=1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_what_its_model_is(name):
+    fields = dict.fromkeys(f.name for f in dataclasses.fields(TransformerConfig))
+    found = vars(config_of(name))
+    assert SAID[name].keys() <= fields.keys()
+    assert {field: found[field] for field in SAID[name]} == SAID[name]
+
+
+# The same in the words of version 5: what is left out, and what is said in its place.
+NEW = {
+    "llama": dict(
+        rope_theta=None,
+        rope_scaling=None,
+        rope_parameters=CONFIGS["llama"]["rope_scaling"] | dict(rope_theta=100.0),
+    ),
+    "qwen2_windows": dict(layer_types=["full_attention", "sliding_attention"]),
+    "gemma": dict(hidden_act="gelu_pytorch_tanh"),
+    "gemma2": dict(layer_types=["sliding_attention", "full_attention"]),
+    "t5": dict(dense_act_fn="relu", is_gated_act=False, scale_decoder_outputs=True),
+    "t5_gated": dict(
+        feed_forward_proj=None,
+        dense_act_fn="gelu_new",
+        is_gated_act=True,
+        scale_decoder_outputs=False,
+        tie_word_embeddings=True,
+    ),
+    "falcon_7b": dict(num_kv_heads=6, activation="gelu", ffn_hidden_size=96),
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_version_5_says_the_same(name):
+    assert read(name, **NEW[name]) == read(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        # Null is absent, but where null is a value of its own.
+        ("mistral", dict(sliding_window=None), dict(window=4096)),
+        ("gemma2", dict(attn_logit_softcapping=None), dict(attention_softcap=50.0)),
+        ("llama", dict(num_key_value_heads=None), dict(num_kv_heads=6)),
+        ("gemma", dict(head_dim=None), dict(head_dim=256)),
+        ("gemma", dict(hidden_activation="gelu"), dict(activation="gelu")),
+        ("gemma", dict(hidden_act="silu"), dict(activation="silu")),
+        ("mt5", dict(feed_forward_proj=None), dict(gated=True, activation="gelu_tanh")),
+        ("mt5", dict(tie_word_embeddings=None), dict(logits_scale=1.0)),
+        ("t5", dict(feed_forward_proj="gated-silu"), dict(gated=True, activation="silu")),
+        ("t5", dict(feed_forward_proj="gelu"), dict(gated=False, activation="gelu")),
+        ("t5", dict(num_decoder_layers=None), dict(num_layers=3)),
+        ("marian", dict(scale_embedding=False), dict(embedding_scale=1.0)),
+        ("qwen2_windows", dict(max_window_layers=0), dict(window=3)),
+        ("qwen2_windows", dict(max_window_layers=2), dict(window=None)),
+        ("falcon_40b", dict(num_ln_in_parallel_attn=1), dict(parallel_norms=1)),
+        ("falcon_7b", dict(num_ln_in_parallel_attn=2), dict(parallel_norms=1)),
+        ("llama", dict(architectures=None), dict(num_layers=2)),
+        ("t5", dict(architectures=["T5WithLMHeadModel"]), dict(num_layers=2)),
+    ],
+)
+def test_what_is_left_out_means_its_default(name, changes, said):
+    found = read(name, **changes)
+    assert {field: found[field] for field in said} == said
+
+
+def test_null_is_none_where_it_is_a_value():
+    nulls = dict(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=None)
+    found = read_options(CONFIGS["gemma2"] | nulls, "config.json")[1]
+    assert found["attention_softcap"] is found["logits_softcap"] is found["window"] is None
+    found = read_options(CONFIGS["mistral"] | dict(sliding_window=None), "config.json")[1]
+    assert found["window"] is None
+
+
+REFUSED = [
+    ("llama", dict(model_type="mamba"), "model_type is 'mamba', which is not supported: gpt2, "),
+    ("llama", dict(model_type=None), "model_type is missing"),
+    ("llama", dict(model_type=7), "model_type is 7, which is no text"),
+    ("llama", dict(architectures=["LlamaModel"]), r"architectures is \['LlamaModel'\]"),
+    ("llama", dict(architectures="LlamaForCausalLM"), "architectures is 'LlamaForCausalLM'"),
+    ("llama", dict(quantization_config={}), "has a quantization_config"),
+    ("llama", dict(hidden_act="quick_gelu"), "hidden_act asks for the activation 'quick_gelu'"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    ("llama", dict(rope_scaling=dict(type="yarn", factor=2.0)), "type is 'yarn'.* only default"),
+    ("llama", dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type is 'dynamic'"),
+    ("llama", dict(rope_scaling=dict(rope_type="linear")), "rope_scaling: factor is missing"),
+    ("llama", dict(rope_scaling=[1]), r"rope_scaling is \[1\], not an object"),
+    ("llama", dict(rope_parameters=dict(partial_rotary_factor=0.25)), "partial_rotary_factor"),
+    ("llama", dict(hidden_size=None), "hidden_size is missing"),
+    ("llama", dict(hidden_size=0), "hidden_size must be at least 1, not 0"),
+    ("llama", dict(hidden_size="24"), "hidden_size must be an integer, not '24'"),
+    ("llama", dict(hidden_size=25), "hidden_size is 25, which num_attention_heads=6 does not"),
+    ("llama", dict(rms_norm_eps=-1.0), "rms_norm_eps must be a finite number, above 0"),
+    ("llama", dict(attention_bias="yes"), "attention_bias is 'yes', not true or false"),
+    ("gpt2", dict(add_cross_attention=True), "add_cross_attention is True.* only.* False"),
+    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights is False"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    ("falcon_7b", dict(alibi=True), "alibi is True"),
+    ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+    ("gemma2", dict(layer_types=["sliding_attention"]), "layer_types is .* for each of 2"),
+    ("gemma2", dict(layer_types=["chunked_attention"] * 2), "layer_types is"),
+    ("gemma2", dict(layer_types=[["full_attention"]] * 2), "layer_types is"),
+    ("starcoder2", dict(norm_type="rms_norm"), "norm_type is 'rms_norm'"),
+    ("t5", dict(feed_forward_proj="gated-swiglu"), "asks for the activation 'swiglu'"),
+    ("marian", dict(normalize_before=True), "normalize_before is True"),
+    ("marian", dict(share_encoder_decoder_embeddings=False), "share_encoder_decoder_embeddings"),
+    ("marian", dict(static_position_embeddings=False), "static_position_embeddings is False"),
+    ("marian", dict(encoder_ffn_dim=31), "encoder_ffn_dim is 31.*alike.* 29"),
+    ("marian", dict(decoder_vocab_size=37), "decoder_vocab_size is 37"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
+def test_what_is_not_supported_is_refused_by_its_key(name, changes, message):
+    with pytest.raises(ValueError, match=f"^config.json.*{message}"):
+        read(name, **changes)
+
+
+def test_what_no_model_can_be_names_the_file(tmp_path):
+    config = CONFIGS["llama"] | dict(num_key_value_heads=4)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json: num_kv_heads=4 does not divide"):
+        read_config(tmp_path)
+
+
+def test_a_config_alone_makes_a_model_of_the_length_that_is_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["t5"]))
+    task, config = read_config(tmp_path, dtype="bfloat16", max_length=53)
+    assert (task, config.dtype, config.param_dtype) == ("translation", "bfloat16", "bfloat16")
+    assert config.max_length == 53
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt2"]))
+    assert read_config(tmp_path, max_length=11)[1].max_length == 11
+    with pytest.raises(ValueError, match="has a table of 11 positions: leave max_length out"):
+        read_config(tmp_path, max_length=10)
+    with pytest.raises(ValueError, match="float16.*float32 or bfloat16"):
+        read_config(tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_reads_as_it_was(name):
+    family = FAMILIES[CONFIGS[name]["model_type"]]
+    config = config_of(name)
+    written = json.loads(json.dumps(write_options(family, config)))
+    assert TransformerConfig(**read_options(written, "config.json")[1]) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", dict(norm="layer"), "llama cannot say norm='layer' .*'rms'"),
+        ("llama", dict(window=3), "llama cannot say window=3"),
+        ("mistral", dict(window=(3, None)), "window="),
+        ("gpt2", dict(num_kv_heads=1), "num_kv_heads=1"),
+        ("t5", dict(num_kv_heads=1), "num_kv_heads=1"),
+        ("t5", dict(cross_kv_heads=1), "cross_kv_heads=1"),
+        ("t5", dict(attention_scale=None), "attention_scale="),
+        ("qwen3", dict(logits_scale=0.5), "logits_scale=0.5"),
+        ("marian", dict(embedding_scale=3.0), "embedding_scale=3.0"),
+        ("falcon_sequential", dict(num_kv_heads=2), "block='pre'"),
+    ],
+)
+def test_what_a_family_cannot_say_is_not_written(name, changes, message):
+    config = dataclasses.replace(config_of(name), **changes)
+    with pytest.raises(ValueError, match=message):
+        write_options(FAMILIES[CONFIGS[name]["model_type"]], config)

@@ -1,0 +1,247 @@
+"""A directory as a model: the logits of transformers, whatever names and copies a file has."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from checkpoints import CONFIGS, IDS, TARGETS, golden, tensors, values, write
+from flax import nnx
+
+from mqa_jax import make_mesh
+from mqa_jax.hub import load, read_config
+from mqa_jax.hub.load import weights_by_path
+from mqa_jax.model.transformer import EncoderDecoder, build_model
+
+
+def logits(pretrained):
+    model, ids = pretrained.model, jnp.asarray([IDS])
+    with jax.default_matmul_precision("highest"):
+        if isinstance(model, EncoderDecoder):
+            return np.asarray(model(ids, jnp.asarray([TARGETS])))[0]
+        return np.asarray(model(ids))[0]
+
+
+def check_logits(directory, name, **options):
+    np.testing.assert_allclose(
+        logits(load(directory, **options)), golden()[name]["logits"], rtol=0, atol=2e-5
+    )
+
+
+def replace(directory, tensors):
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(tmp_path, name):
+    check_logits(write(tmp_path, name), name)
+
+
+def renamed(found, cut):
+    return {name.removeprefix(cut): tensor for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("gpt2", "transformer."),
+        ("falcon_40b", "transformer."),
+        ("llama", "model."),
+        ("marian", "model."),
+    ],
+)
+def test_names_may_lack_their_head(tmp_path, name, head):
+    replace(write(tmp_path, name), renamed(tensors(name), head))
+    check_logits(tmp_path, name)
+
+
+def with_masks(found):
+    masks = {f"h.{i}.attn.bias": np.zeros((1, 1, 11, 11), np.uint8) for i in range(2)}
+    return renamed(found, "transformer.") | masks | {"h.0.attn.masked_bias": np.float32([-1e4])}
+
+
+EXTRAS = {
+    "gpt2": with_masks,
+    "llama": lambda found: (
+        found | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
+    ),
+    "qwen3": lambda found: found | {"lm_head.weight": found["model.embed_tokens.weight"]},
+    "t5": lambda found: (
+        found
+        | {
+            f"{place}.weight": found["shared.weight"]
+            for place in ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
+        }
+        | {
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.zeros(
+                (6, 3), np.float32
+            )
+        }
+    ),
+    "t5_gated": lambda found: {
+        name.replace("shared", "decoder.embed_tokens"): tensor for name, tensor in found.items()
+    },
+    "marian": lambda found: (
+        {name.replace("model.shared", "lm_head"): tensor for name, tensor in found.items()}
+        | {
+            f"model.{side}.embed_positions.weight": np.zeros((17, 20), np.float32)
+            for side in ("encoder", "decoder")
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_says_nothing_new_is_passed_over(tmp_path, name):
+    replace(write(tmp_path, name), EXTRAS[name](tensors(name)))
+    check_logits(tmp_path, name)
+
+
+def test_softmax_weights_are_tied_where_the_file_has_none_of_their_own(tmp_path):
+    own = {"lm_head.weight": values("another", [31, 24])}
+    for case, (found, is_tied) in enumerate(
+        [(tensors("qwen3"), True), (tensors("qwen3") | own, False), (tensors("llama"), False)]
+    ):
+        directory = write(tmp_path / str(case), "llama" if case == 2 else "qwen3")
+        replace(directory, found)
+        pretrained = load(directory)
+        assert pretrained.model.config.tied_softmax == is_tied
+        assert ("softmax.kernel" in weights_by_path(nnx.state(pretrained.model))) != is_tied
+
+
+def changed(name, **changes):
+    return lambda found: {
+        key: changes.get(key.rpartition(".")[0].rpartition(".")[2], lambda x: x)(tensor)
+        for key, tensor in found.items()
+    }
+
+
+def without(name):
+    return lambda found: {key: tensor for key, tensor in found.items() if key != name}
+
+
+def at(name, change):
+    return lambda found: found | {name: change(found[name])}
+
+
+def adding(name, tensor):
+    return lambda found: found | {name: tensor}
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+WRONG = [
+    ("llama", without(K_PROJ), rf"lacks the tensor {K_PROJ}"),
+    ("llama", without("model.embed_tokens.weight"), "lacks the tensor model.embed_tokens.weight"),
+    ("t5", without("shared.weight"), "lacks the tensor shared.weight"),
+    ("llama", at(K_PROJ, lambda x: x.T), r"k_proj.weight is F32 \[24, 12\].*must be \[12, 24\]"),
+    ("gpt2", at("transformer.h.0.mlp.c_fc.weight", lambda x: x.T), r"must be \[20, 80\]"),
+    ("llama", at(K_PROJ, lambda x: x.astype(np.int8)), r"k_proj.weight is I8.*quantized"),
+    ("llama", at(K_PROJ, lambda x: x * np.inf), "k_proj.weight in .* holds NaN or infinity"),
+    ("llama", at("model.embed_tokens.weight", lambda x: x[:-1]), r"\[30, 24\].* \[31, 24\]"),
+    (
+        "llama",
+        adding("model.layers.2.input_layernorm.weight", np.ones(24, np.float32)),
+        r"has model.layers.2.input_layernorm.weight, F32 \[24\] .* of 2 layers, has no place",
+    ),
+    ("gpt2", adding("transformer.h.0.attn.bias", np.ones(60, np.float32)), "has no place"),
+    ("llama", adding("embed_tokens.weight", np.ones(1, np.float32)), "has both .* the same"),
+    ("t5", adding("encoder.embed_tokens.weight", np.ones((31, 22), np.float32)), "differ, but"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG)
+def test_tensors_that_do_not_fit_the_config_are_refused_by_name(tmp_path, name, change, message):
+    replace(write(tmp_path, name), change(tensors(name)))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gemma", "falcon_40b", "marian"])
+def test_weights_are_of_the_dtype_that_is_asked_for_and_norms_of_float32(tmp_path, name):
+    narrow = {key: tensor.astype("bfloat16") for key, tensor in tensors(name).items()}
+    replace(write(tmp_path, name), narrow)
+    pretrained = load(tmp_path, dtype="bfloat16")
+    weights = weights_by_path(nnx.state(pretrained.model))
+    norms = {path for path in weights if "norm" in path}
+    assert norms and {weights[path][...].dtype for path in norms} == {jnp.dtype("float32")}
+    others = {weights[path][...].dtype for path in weights.keys() - norms}
+    assert others == {jnp.dtype("bfloat16")}
+    # Widened they are the same numbers.
+    wide = weights_by_path(nnx.state(load(tmp_path).model))
+    for path, weight in weights.items():
+        assert wide[path][...].dtype == jnp.float32
+        np.testing.assert_array_equal(wide[path][...], np.asarray(weight[...], np.float32))
+    found, expected = logits(pretrained), logits(load(tmp_path))
+    assert 0 < np.abs(found - expected).max() < 0.3
+
+
+def test_weights_lie_where_the_rules_put_them(tmp_path):
+    replace(write(tmp_path, "qwen3"), tensors("qwen3"))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with pytest.raises(ValueError, match=r"axis F .* size 29, which the 2 parts"):
+        load(tmp_path, mesh=mesh)
+    directory = write(tmp_path / "even", "qwen3", vocab_size=32, intermediate_size=28)
+    found = tensors("qwen3")
+    found["model.embed_tokens.weight"] = values("embed", [32, 24])
+    for name in found:
+        if "mlp" in name:
+            found[name] = values(name, [24, 28] if "down" in name else [28, 24])
+    replace(directory, found)
+    split, whole = load(directory, mesh=mesh), load(directory)
+    state, expected = (weights_by_path(nnx.state(p.model)) for p in (split, whole))
+    for path, weight in state.items():
+        np.testing.assert_array_equal(weight[...], expected[path][...])
+        assert weight[...].sharding.mesh == mesh
+    shard = state["decoder.layers.0.attention.query"][...].addressable_shards[0].data
+    assert shard.shape == (3, 10, 12)  # of 6 heads, 10, 24
+
+
+def test_a_config_alone_has_the_weights_of_its_checkpoint(tmp_path):
+    for name in CONFIGS:
+        directory = write(tmp_path / name, name)
+        task, config = read_config(directory)
+        model = nnx.eval_shape(
+            lambda task=task, config=config: build_model(task, vars(config), rngs=nnx.Rngs(0))
+        )
+        own, loaded = (
+            {path: x.shape for path, x in weights_by_path(nnx.state(m)).items()}
+            for m in (model, load(directory).model)
+        )
+        assert own == loaded
+
+
+def test_what_decodes_comes_from_the_directory(tmp_path):
+    directory = write(tmp_path, "marian", num_beams=3, bad_words_ids=[[30]])
+    generation = load(directory).generation
+    assert generation.eos_ids == (0,) and generation.decoder_start_id == 30
+    assert generation.bad_words == ((30,),) and generation.num_beams == 3
+    # The other file stands for all of it, but for the ids.
+    (directory / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[2, 5])))
+    generation = load(directory).generation
+    assert generation.eos_ids == (2, 5) and generation.decoder_start_id == 30
+    assert generation.bad_words == () and generation.num_beams == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(eos_token_id=31), "eos_token_id is 31, not an id.* 0 to 30"),
+        (dict(eos_token_id=[1, True]), r"eos_token_id is \[1, True\]"),
+        (dict(bad_words_ids=[3]), None),
+        (dict(bad_words_ids=3), "bad_words_ids is 3, not a list"),
+        (dict(bad_words_ids=[[]]), "without an id"),
+        (dict(num_beams=1.5), "num_beams must be an integer"),
+        (dict(early_stopping="maybe"), "early_stopping is 'maybe'"),
+        (dict(length_penalty="long"), "length_penalty must be a finite number"),
+    ],
+)
+def test_defaults_that_cannot_be_are_refused(tmp_path, values, message):
+    directory = write(tmp_path, "llama")
+    (directory / "generation_config.json").write_text(json.dumps(values))
+    if message is None:
+        assert load(directory).generation.bad_words == ((3,),)
+        return
+    with pytest.raises(ValueError, match=f"generation_config.json: .*{message}"):
+        load(directory)
