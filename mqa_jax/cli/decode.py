@@ -2,6 +2,9 @@
 
     mqa-jax decode --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
 
+With --n_best=N its N best outputs come for each line, as "number ||| text ||| score", numbered from
+0. With --score nothing is decoded, but the log-probability of each line of --reference told.
+
 A translation model translates each line. A language model continues it: a line of the input and
 its line of the output, one behind the other, are the text. To a blank line the answer is a blank
 line.
@@ -21,17 +24,29 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
+from flax import nnx
 
 from mqa_jax.cli.arguments import refuse_idle
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
-from mqa_jax.decode.beam import beam_search
-from mqa_jax.decode.generate import Search
+from mqa_jax.decode.beam import TRANSFORMERS, BeamRules, beam_search
+from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import ON_LONG, LineDecoder, LineStats
+from mqa_jax.decode.prompts import Search
+from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty
 from mqa_jax.decode.search import greedy, sample
+
+BEAM_RULES = {"paper": BeamRules(), "transformers": TRANSFORMERS}
+
+# What has no effect on what is only scored.
+SEARCH_FLAGS = (
+    "on_long max_new_tokens beam_size alpha beam_rules n_best repetition_penalty no_repeat_ngram "
+    "min_new_tokens stop sample temperature top_k top_p min_p seed"
+)
 
 STANDARD = "-"  # Input and output of the process.
 
@@ -44,7 +59,9 @@ def define(values: flags.FlagValues) -> None:
     string("workdir", None, "the --workdir of a training run")
     string("input", "-", "a text, .gz perhaps, to decode line by line; - is standard input")
     string("output", "-", "where the lines go; - is standard output")
-    string("reference", None, "the right lines: tells BLEU")
+    string("reference", None, "the right lines: tells BLEU, or what --score is of")
+    boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
+    boolean("score", False, "the log-probability of each line of --reference, instead of decoding")
     flags.DEFINE_enum(
         "on_long",
         "error",
@@ -59,11 +76,30 @@ def define(values: flags.FlagValues) -> None:
         "max_new_tokens", None, "at most that many tokens a line; by default 50 more than it has"
     )
     integer("beam_size", 1, "above 1: beam search")
-    number("alpha", 0.6, "length penalty of the beam search")
-    flags.DEFINE_bool("sample", False, "draw tokens instead of taking the best", flag_values=values)
+    number("alpha", 0.6, "length penalty of the beam search: its exponent")
+    flags.DEFINE_enum(
+        "beam_rules",
+        "paper",
+        [*BEAM_RULES],
+        "how the beam search compares hypotheses: as the paper's authors do, or as transformers "
+        "does (--alpha is its length_penalty then)",
+        flag_values=values,
+    )
+    integer("n_best", None, "of the beam search: that many outputs a line, with their scores")
+    number("repetition_penalty", None, "above 1: what has been said becomes less likely")
+    integer("no_repeat_ngram", None, "no so many tokens in a row twice")
+    integer("min_new_tokens", None, "at least that many tokens a line, its end not counted")
+    flags.DEFINE_multi_string(
+        "stop",
+        [],
+        "a string that ends an output, of which it is no part; may be given again",
+        flag_values=values,
+    )
+    boolean("sample", False, "draw tokens instead of taking the best")
     number("temperature", 1.0, "for --sample")
     integer("top_k", None, "for --sample: only the k best tokens")
     number("top_p", None, "for --sample: only the best tokens, of that mass")
+    number("min_p", None, "for --sample: only tokens that much as probable as the best one")
     integer("seed", 0, "for --sample")
 
 
@@ -78,17 +114,36 @@ def check(args: flags.FlagValues) -> None:
     refuse_idle(
         args,
         [
-            (args.sample, "without --sample", "temperature top_k top_p seed"),
-            (args.beam_size > 1, "without a --beam_size above 1", "alpha"),
+            (not args.score, "with --score", SEARCH_FLAGS),
+            (args.sample, "without --sample", "temperature top_k top_p min_p seed"),
+            (args.beam_size > 1, "without a --beam_size above 1", "alpha beam_rules n_best"),
         ],
     )
-    for name, least in dict(batch_size=1, max_new_tokens=1, beam_size=1, top_k=1, seed=0).items():
+    if args.score and args.reference is None:
+        raise ValueError("--score needs --reference, the lines to score")
+    least_of = dict(batch_size=1, max_new_tokens=1, beam_size=1, top_k=1, seed=0)
+    least_of |= dict(n_best=1, no_repeat_ngram=1, min_new_tokens=0)
+    for name, least in least_of.items():
         if args[name].value is not None:
             check_integer(f"--{name}", args[name].value, least=least, most=2**31 - 1)
     check_number("--alpha", args.alpha)
     check_number("--temperature", args.temperature, above=0)
-    if args.top_p is not None:
-        check_number("--top_p", args.top_p, above=0, most=1)
+    for name in ("top_p", "min_p"):
+        if args[name].value is not None:
+            check_number(f"--{name}", args[name].value, above=0, most=1)
+    if args.repetition_penalty is not None:
+        check_number("--repetition_penalty", args.repetition_penalty, above=0)
+    if "" in args.stop:
+        raise ValueError("--stop must be a string that is not empty")
+    if args.n_best is not None:
+        if args.n_best > args.beam_size:
+            raise ValueError(
+                f"--n_best={args.n_best} is more than there are with --beam_size={args.beam_size}"
+            )
+        if args.on_long == "split":
+            raise ValueError("--n_best and --on_long=split exclude each other")
+        if args.reference is not None:
+            raise ValueError("--n_best and --reference exclude each other: BLEU is of one output")
     check_files(args)
 
 
@@ -129,16 +184,38 @@ def run(args: flags.FlagValues) -> None:
             batch_size=batch_size,
             bos_id=BOS_ID,
             max_new_tokens=args.max_new_tokens,
+            stop=args.stop,
         )
-        keys = jax.random.split(jax.random.key(args.seed), len(lines)) if args.sample else None
-        texts = decoder.texts(trained.params, lines, keys, on_long=args.on_long)
         is_shown = sys.stderr.isatty() and output != STANDARD
+        texts = answers(args, decoder, trained.params, lines, references)
         for text in tqdm(texts, total=len(lines), unit="line", disable=not is_shown):
-            write(text)
-            outputs.append(text)
+            for line in text:
+                write(line)
+            outputs += text
     print_stats(decoder.stats, len(lines), args.on_long)
-    if references:
+    if references and not args.score:
         print_scores(outputs, references)
+
+
+def answers(
+    args: flags.FlagValues,
+    decoder: LineDecoder,
+    params: nnx.State,
+    lines: list[str],
+    references: list[str],
+) -> Iterator[list[str]]:
+    """For each line of the input, in their order, what is to be written."""
+    if args.score:
+        scores = {i: float(x.sum()) for i, x in decoder.score(params, lines, references)}
+        yield from ([f"{scores[i]:.4f}"] for i in range(len(lines)))
+    elif args.n_best is not None:
+        for i, outputs in enumerate(decoder.n_best(params, lines, on_long=args.on_long)):
+            best = outputs[: args.n_best]
+            yield [f"{i} ||| {text} ||| {score:.4f}" for text, score in best]
+    else:
+        keys = jax.random.split(jax.random.key(args.seed), len(lines)) if args.sample else None
+        for text in decoder.texts(params, lines, keys, on_long=args.on_long):
+            yield [text]
 
 
 @contextlib.contextmanager
@@ -203,13 +280,22 @@ def is_same(source: str | Path, output: str | Path) -> bool:
 
 def build_search(args: flags.FlagValues, eos_id: int) -> Search:
     """What the flags ask for."""
+    rules: list[Rule] = []
+    if args.repetition_penalty is not None:
+        rules.append(RepetitionPenalty(args.repetition_penalty))
+    if args.no_repeat_ngram is not None:
+        rules.append(NoRepeatNgram(args.no_repeat_ngram))
+    if args.min_new_tokens is not None:
+        rules.append(MinNewTokens(args.min_new_tokens, eos_id))
+    options: dict[str, Any] = dict(eos_id=eos_id, rules=rules)
     if args.sample:
-        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        return functools.partial(sample, eos_id=eos_id, **options)
+        options |= {name: args[name].value for name in ("temperature", "top_k", "top_p", "min_p")}
+        return functools.partial(sample, **options)
     if args.beam_size > 1:
-        options = dict(beam_size=args.beam_size, alpha=args.alpha)
-        return functools.partial(beam_search, eos_id=eos_id, **options)
-    return functools.partial(greedy, eos_id=eos_id)
+        options |= dict(beam_size=args.beam_size, alpha=args.alpha)
+        options |= dict(beam_rules=BEAM_RULES[args.beam_rules])
+        return functools.partial(beam_search, **options)
+    return functools.partial(greedy, **options)
 
 
 def _count(lines: int) -> str:

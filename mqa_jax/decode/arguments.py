@@ -29,8 +29,12 @@ def check_search(
     max_new_tokens: int,
     eos_id: EndIds,
     pad_id: int,
-) -> Array:
-    """Raises ValueError on arguments that do not fit; returns the ids that end a row, `[E]`."""
+) -> tuple[Array, int]:
+    """Raises ValueError on arguments that do not fit.
+
+    Returns:
+      the ids that end a row, `[E]`, and the size of the vocabulary.
+    """
     if not isinstance(tokens_B, Array | np.ndarray):
         raise ValueError(f"tokens_B must be an array of shape [B], not {tokens_B!r}")
     if tokens_B.ndim != 1:
@@ -54,7 +58,7 @@ def check_search(
     for row, token in enumerate(known_values(tokens_B)):
         check_token(f"tokens_B[{row}]", token, vocab_size)
     check_token("pad_id", pad_id, vocab_size)
-    return _end_ids(eos_id, vocab_size)
+    return end_ids(eos_id, vocab_size), vocab_size
 
 
 def check_token(name: str, token: int | Array, vocab_size: int) -> None:
@@ -104,8 +108,8 @@ def _check_room(cache: Any, max_new_tokens: int) -> None:
             )
 
 
-def _end_ids(eos_id: EndIds, vocab_size: int) -> Array:
-    """`[E]` int32."""
+def end_ids(eos_id: EndIds, vocab_size: int) -> Array:
+    """The ids that end a row, `[E]` int32; raises ValueError for what is no id."""
     if eos_id is None:
         return jnp.zeros(0, jnp.int32)
     if any(isinstance(id, jax.core.Tracer) for id in jax.tree.leaves(eos_id)):

@@ -1,6 +1,6 @@
-"""From prompts to tokens, with the project's own models.
+"""A corpus of prompts to answers, in batches of like length.
 
-Array letters: B batch   P prompt length   L max_new_tokens
+Array letters: B batch   T answer length   L max_new_tokens
 """
 
 import dataclasses
@@ -15,98 +15,16 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mqa_jax.attention.cache import CrossCache
-from mqa_jax.attention.module import SelfCache
-from mqa_jax.core.arrays import as_int32
 from mqa_jax.core.checks import check_integer
-from mqa_jax.decode.arguments import check_token, known_values, typed_keys
-from mqa_jax.decode.search import Decoded, StepFn
+from mqa_jax.decode.arguments import check_token
+from mqa_jax.decode.batches import Batch, Batcher, Prompt
+from mqa_jax.decode.prompts import Search, generate, score
+from mqa_jax.decode.search import Decoded
+from mqa_jax.decode.stream import Parts, Piece, Report, Stop, check_parts, is_in_parts
 from mqa_jax.model.transformer import EncoderDecoder, Model
 
-Search = Callable[..., Decoded]
-Prompt = Sequence[int] | np.ndarray
-
-# Prompts are padded to a multiple of this, so that a corpus needs a handful of compilations.
-BUCKET = 16
-
-
-def generate(
-    model: Model,
-    prompt_BP: Array,
-    lengths_B: Array,
-    *,
-    search: Search,
-    max_new_tokens: int,
-    bos_id: int,
-    **search_options: Any,
-) -> Decoded:
-    """Decodes behind a batch of prompts; to be called inside `jax.jit`.
-
-    Args:
-      model: an `EncoderDecoder` translates its prompts, a `DecoderOnly` continues them.
-      prompt_BP: `[B, P]` ids padded on the right; a language model's begin with `bos_id`.
-      lengths_B: `[B]`, how many of the `P` are real, at least 1.
-      search: `greedy`, `sample` or `beam_search`, or a function with the same first arguments.
-      max_new_tokens: `L`.
-      bos_id: the id that a target sentence begins with.
-      search_options: passed on to `search`.
-
-    Raises:
-      ValueError: prompt and answer do not fit into the positions that the model knows; shapes that
-        do not fit; a length that is not from 1 to `P`, an id outside the vocabulary. Lengths that
-        are traced cannot be checked: `Decoded.is_finite` is False for a row with a wrong one.
-    """
-    vocab_size = model.config.vocab_size
-    prompt_BP, lengths_B = (
-        x if isinstance(x, Array) else np.asarray(x) for x in (prompt_BP, lengths_B)
-    )
-    _check_prompts(prompt_BP, lengths_B, vocab_size)
-    check_token("bos_id", bos_id, vocab_size)
-    prompt_BP, lengths_B = as_int32(prompt_BP), as_int32(lengths_B)
-    batch, prompt_length = prompt_BP.shape
-    step_fn: StepFn[tuple[SelfCache, ...]]
-    if isinstance(model, EncoderDecoder):
-        cross = model.init_cross_cache(prompt_BP, lengths_B)
-        cache = model.init_cache(batch, max_new_tokens)
-        last_B = jnp.full(batch, bos_id, jnp.int32)
-        step_fn = functools.partial(_translate_step, model, cross)
-    else:
-        # The last token of a prompt is the first one that the search feeds to the model.
-        cache = model.init_cache(batch, prompt_length + max_new_tokens)
-        _, cache = model.prefill(prompt_BP, cache, lengths_B - 1)
-        last_B = jnp.take_along_axis(prompt_BP, lengths_B[:, None] - 1, axis=1)[:, 0]
-        step_fn = model.decode
-    # An id that the model does not have, so that nothing plausible is decoded.
-    is_length_B = (lengths_B >= 1) & (lengths_B <= prompt_length)
-    last_B = jnp.where(is_length_B, last_B, vocab_size)
-    return search(step_fn, cache, last_B, max_new_tokens=max_new_tokens, **search_options)
-
-
-def _check_prompts(prompt_BP: Array, lengths_B: Array, vocab_size: int) -> None:
-    shape = np.shape(prompt_BP)
-    if len(shape) != 2 or not all(shape) or np.shape(lengths_B) != shape[:1]:
-        raise ValueError(
-            "prompt_BP must be [B, P] and lengths_B [B], with a token at least, not "
-            f"{list(shape)} and {list(np.shape(lengths_B))}"
-        )
-    for name, array in (("prompt_BP", prompt_BP), ("lengths_B", lengths_B)):
-        if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
-            raise ValueError(f"{name} must be integers, not {jnp.result_type(array)}")
-    ids = known_values(prompt_BP)
-    for row, length in enumerate(known_values(lengths_B)):
-        check_integer(f"lengths_B[{row}]", length, most=shape[1])
-        # What is behind a prompt is of no concern.
-        for at, id in enumerate(ids[row * shape[1] :][:length]):
-            check_token(f"prompt_BP[{row}, {at}]", id, vocab_size)
-
-
-def _translate_step(
-    model: EncoderDecoder,
-    cross: tuple[CrossCache, ...],
-    tokens_R: Array,
-    cache: tuple[SelfCache, ...],
-) -> tuple[Array, tuple[SelfCache, ...]]:
-    return model.decode(tokens_R, cache, cross)
+# Steps between two looks at the text of answers, for strings that end them.
+STOP_STEPS = 8
 
 
 @dataclasses.dataclass
@@ -135,11 +53,14 @@ class Generator:
       model: what to decode with, of which only the structure is used: weights are handed to each
         call, so that a training run can evaluate again and again without compiling again.
       search: `greedy`, `sample` or `beam_search`, with all its options but `max_new_tokens` and
-        `key` bound to it by `functools.partial`.
+        `key` bound to it by `functools.partial`: rules and `token_scores` too.
       batch_size: rows a batch, at least 1; the last one is filled up.
       bos_id: the id that a target sentence begins with.
       max_new_tokens: at least 1; None: 50 more than the prompt's length (as in the paper's code
         base). Never more than the model has positions for.
+      stop: strings that end an answer as its end-of-sentence does. Its tokens go up to the one that
+        completes the string; what `Decoded` holds behind `length` is of no meaning then. Greedy
+        decoding and sampling are over when all rows are, beam search is cut short behind its end.
 
     Attributes:
       stats: what has been decoded, and how long it took.
@@ -157,41 +78,34 @@ class Generator:
         batch_size: int,
         bos_id: int,
         max_new_tokens: int | None = None,
+        stop: Stop | None = None,
     ):
-        self._is_translation = isinstance(model, EncoderDecoder)
-        self._max_length = model.config.max_length
-        self._vocab_size = model.config.vocab_size
-        check_token("bos_id", bos_id, self._vocab_size)
-        self._batch_size = check_integer("batch_size", batch_size)
-        self._bos_id = bos_id
-        if max_new_tokens is not None:
-            max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
-        self._max_new_tokens = max_new_tokens
-        if self.room < 1:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model knows "
-                f"{self._max_length} positions"
-            )
+        check_token("bos_id", bos_id, model.config.vocab_size)
+        self._batcher = Batcher(
+            isinstance(model, EncoderDecoder),
+            model.config.max_length,
+            model.config.vocab_size,
+            batch_size,
+            max_new_tokens,
+        )
+        self._bos_id, self._search, self._stop = bos_id, search, stop
         graphdef, params = nnx.split(model)
+        self._graphdef = graphdef
         self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        dtype = jnp.dtype(model.config.dtype)
+        self._dtype = dtype = jnp.dtype(model.config.dtype)
+
+        def cast(params: nnx.State) -> nnx.State:
+            # Once, before the loop: else every step would read the weights in the wider dtype.
+            return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
         @functools.partial(jax.jit, static_argnames="limit")
         def run(
-            params: nnx.State,
-            prompt_BP: Array,
-            lengths_B: Array,
-            keys_B: Array | None,
-            limit: int,
+            params: nnx.State, given: dict[str, Any], keys_B: Array | None, limit: int
         ) -> Decoded:
-            # Once, before the loop: else every step would read the weights in the wider dtype.
-            params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
-            options = {} if keys_B is None else {"key": keys_B}
-            model = nnx.merge(graphdef, params)
+            options: dict[str, Any] = {} if keys_B is None else {"key": keys_B}
             decoded = generate(
-                model,
-                prompt_BP,
-                lengths_B,
+                nnx.merge(graphdef, cast(params)),
+                **given,
                 search=search,
                 max_new_tokens=limit,
                 bos_id=bos_id,
@@ -199,16 +113,19 @@ class Generator:
             )
             return dataclasses.replace(decoded, cache=None)
 
-        self._run = run
-        self._compiled: dict[tuple[tuple[int, ...], int], jax.stages.Compiled] = {}
+        @jax.jit
+        def run_score(params: nnx.State, given: dict[str, Any]) -> Array:
+            return score(nnx.merge(graphdef, cast(params)), **given, bos_id=bos_id)
+
+        self._run, self._run_score, self._cast = run, run_score, jax.jit(cast)
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
+        self._parts: dict[int, Parts] = {}
         self.stats = DecodeStats()
 
     @property
     def room(self) -> int:
         """Tokens of the longest prompt that can be decoded behind."""
-        if self._is_translation:
-            return self._max_length
-        return self._max_length - (1 if self._max_new_tokens is None else self._max_new_tokens)
+        return self._batcher.room
 
     def __call__(
         self,
@@ -216,6 +133,7 @@ class Generator:
         prompts: Sequence[Prompt],
         keys: Array | None = None,
         *,
+        prefixes: Sequence[Prompt] | None = None,
         name: Callable[[int], str] = "prompt {}".format,
     ) -> Iterator[tuple[int, Decoded]]:
         """Decodes behind `prompts`; none is cut short.
@@ -225,6 +143,8 @@ class Generator:
           prompts: ids of what to translate, or to continue; a language model's begin with `bos_id`.
           keys: for `sample`: `[len(prompts)]` PRNG keys; what a prompt draws depends on its own
             alone.
+          prefixes: for translations, the ids that each answer begins with, none perhaps, without an
+            end; what is decoded is what follows them.
           name: what errors call a prompt, from its number, which counts from 1.
 
         Yields:
@@ -232,49 +152,28 @@ class Generator:
 
         Raises:
           ValueError: a prompt without tokens, of more than the model has positions for, or with an
-            id outside the vocabulary; as many keys as there are not prompts. Nothing has been
-            decoded then. While decoding: weights of another model; or the model gave logits that
-            are no numbers for a prompt, whose answer is not given then.
+            id outside the vocabulary, a prefix likewise; as many keys or prefixes as there are not
+            prompts. Nothing has been decoded then. While decoding: weights of another model; or the
+            model gave logits that are no numbers for a prompt, whose answer is not given then.
         """
-        for number, prompt in enumerate(prompts, start=1):
-            self._check(name(number), prompt)
-        return self._answers(params, prompts, self._keys(keys, len(prompts)), name)
+        batches = self._batcher.to_decode(prompts, keys, prefixes, name)
+        return self._answers(params, batches, name)
 
     def _answers(
-        self,
-        params: nnx.State,
-        prompts: Sequence[Prompt],
-        keys: Array | None,
-        name: Callable[[int], str],
+        self, params: nnx.State, batches: Sequence[Batch], name: Callable[[int], str]
     ) -> Iterator[tuple[int, Decoded]]:
-        # Only prompts of one shape share a batch: what is decoded for one depends on no other then.
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            by_shape.setdefault(self._shape(len(prompts[i])), []).append(i)
-        batches = [
-            (shape, indices[start : start + self._batch_size])
-            for shape, indices in by_shape.items()
-            for start in range(0, len(indices), self._batch_size)
-        ]
-        for (width, limit), batch in batches:
-            rows = batch + batch[-1:] * (self._batch_size - len(batch))
-            lengths_B = np.array([len(prompts[i]) for i in rows], np.int32)
-            prompt_BP = np.zeros((self._batch_size, width), np.int32)
-            for row, i in enumerate(rows):
-                prompt_BP[row, : lengths_B[row]] = prompts[i]
-            keys_B = None if keys is None else keys[np.array(rows)]
-            decoded = self._decode(params, prompt_BP, lengths_B, keys_B, limit)
-            self.stats.rows += int(decoded.steps) * len(batch)
-            for row, i in enumerate(batch):
+        for batch in batches:
+            if self._stop is not None and is_in_parts(self._search):
+                decoded = self._decode_until_stop(params, batch)
+            else:
+                decoded = self._decode(params, batch)
+            self.stats.rows += int(decoded.steps) * len(batch.indices)
+            for row, i in enumerate(batch.indices):
                 # All but the steps, which are one number.
                 own = jax.tree.map(lambda x, row=row: x[row] if np.ndim(x) else x, decoded)
                 # A search of one's own may not know.
                 if own.is_finite is not None and not own.is_finite:
-                    raise ValueError(
-                        f"{name(i + 1)}: the model's logits were NaN or infinite behind "
-                        f"{own.length.max()} new tokens, so nothing can be decoded: check that its "
-                        "weights are finite, and that they are of this model"
-                    )
+                    raise _no_answer(name(i + 1), own.length.max())
                 self.stats.tokens += int(own.length.reshape(-1)[0])
                 yield i, own
 
@@ -288,27 +187,180 @@ class Generator:
             best[i] = ids[: int(decoded.length.reshape(-1)[0])].tolist()
         return best
 
-    def _decode(
+    def stream(
         self,
         params: nnx.State,
-        prompt_BP: np.ndarray,
-        lengths_B: np.ndarray,
-        keys_B: Array | None,
-        limit: int,
-    ) -> Decoded:
-        """One batch, on the host; compiled apart, so that the clock of decoding excludes it."""
+        prompts: Sequence[Prompt],
+        keys: Array | None = None,
+        *,
+        every: int = 8,
+        prefixes: Sequence[Prompt] | None = None,
+        name: Callable[[int], str] = "prompt {}".format,
+    ) -> Iterator[Piece]:
+        """As a call, but with the tokens as they come; for greedy decoding and sampling.
+
+        Args:
+          every: how many steps the device makes before it tells of them, at least 1.
+          Others: as for a call.
+
+        Yields:
+          the pieces of each answer in their order, those of a batch between each other.
+
+        Raises:
+          ValueError: another search, `every` below 1, and as a call.
+        """
+        check_parts(self._search)
+        every = check_integer("every", every)
+        batches = self._batcher.to_decode(prompts, keys, prefixes, name)
+        return self._pieces(params, batches, every, name)
+
+    def _pieces(
+        self,
+        params: nnx.State,
+        batches: Sequence[Batch],
+        every: int,
+        name: Callable[[int], str],
+    ) -> Iterator[Piece]:
+        for batch in batches:
+            before, is_done_B = 0, np.zeros(self._batcher.batch_size, bool)
+            for report, length_B, is_over_B in self._reports(params, batch, every):
+                self.stats.rows += (int(report.steps) - before) * len(batch.indices)
+                for row, i in enumerate(batch.indices):
+                    if is_done_B[row]:
+                        continue
+                    if not report.is_finite[row]:
+                        raise _no_answer(name(i + 1), length_B[row])
+                    ids = report.tokens[row, : length_B[row] - before].tolist()
+                    self.stats.tokens += len(ids)
+                    if ids or is_over_B[row]:
+                        yield Piece(i, ids, bool(is_over_B[row]))
+                before, is_done_B = int(report.steps), is_over_B
+
+    def _decode_until_stop(self, params: nnx.State, batch: Batch) -> Decoded:
+        """One batch, on the host."""
+        told = list(self._reports(params, batch, STOP_STEPS))
+        reports, last = [report for report, _, _ in told], told[-1][0]
+        length_B: Any = told[-1][1]
+
+        def joined(parts: Sequence[Any]) -> Any:
+            return np.concatenate(parts, axis=1)[:, : batch.limit]
+
+        scores_BL = None
+        if last.token_scores is not None:
+            scores_BL = joined([report.token_scores for report in reports])
+        return Decoded(
+            joined([report.tokens for report in reports]),
+            length_B,
+            last.steps,
+            is_finite=last.is_finite,
+            token_scores=scores_BL,
+        )
+
+    def _reports(
+        self, params: nnx.State, batch: Batch, every: int
+    ) -> Iterator[tuple[Report, np.ndarray, np.ndarray]]:
+        """Of each part: what the device tells, and `[B]` each, lengths so far, and which are over.
+
+        Rows end at strings, too, and those that only fill up the batch at once.
+        """
         self._check_params(params)
-        shape = (prompt_BP.shape, limit)
+        if every not in self._parts:
+            self._parts[every] = Parts(self._graphdef, self._search, self._bos_id, every)
+        parts, start = self._parts[every], time.perf_counter()
+        params = jax.tree.map(jnp.asarray, params)  # Once: a part is no time to send weights in.
+        if any(x.ndim > 1 and x.dtype != self._dtype for x in jax.tree.leaves(params)):
+            params = self._cast(params)
+        parts.compile(params, batch)
+        now = time.perf_counter()
+        self.stats.compile_seconds += now - start
+        most_B = np.zeros(self._batcher.batch_size, np.int32)
+        most_B[: len(batch.indices)] = batch.limit
+        tokens_BL, before = np.zeros((self._batcher.batch_size, 0), np.int32), 0
+        for report, is_last in parts(params, batch, most_B):
+            self.stats.decode_seconds += time.perf_counter() - now
+            self.stats.steps += int(report.steps) - before
+            if self._stop is not None:
+                tokens_BL = np.concatenate([tokens_BL, report.tokens], axis=1)
+                for row in range(len(batch.indices)):
+                    ids = tokens_BL[row, : min(report.length[row], most_B[row])].tolist()
+                    length = self._stop.length(ids, before) if len(ids) > before else None
+                    if length is not None:
+                        most_B[row] = length
+            is_over_B = (np.minimum(report.length, most_B) < report.steps) | is_last
+            # One that is complete with the last token of the part.
+            is_over_B |= (most_B < batch.limit) & (report.length >= most_B)
+            yield report, np.minimum(report.length, most_B), is_over_B
+            if is_over_B.all():
+                return
+            before, now = int(report.steps), time.perf_counter()
+
+    def score(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Prompt],
+        *,
+        name: Callable[[int], str] = "prompt {}".format,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """What the model makes of given answers.
+
+        Args:
+          params: the model's weights, `nnx.state(model)`.
+          prompts: as for a call.
+          answers: the ids of an answer to each, with its end if that is to be scored too.
+          name: as for a call.
+
+        Yields:
+          the index of a prompt, and the log-probability of every id of its answer, float32; not
+          in order.
+
+        Raises:
+          ValueError: as a call, of prompts or of answers; a language model that has no room for
+            both; logits that are no numbers.
+        """
+        batches = self._batcher.to_score(prompts, answers, name)
+        return self._scores(params, batches, name)
+
+    def _scores(
+        self, params: nnx.State, batches: Sequence[Batch], name: Callable[[int], str]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        for batch in batches:
+            score_BT = self._call(self._run_score, params, batch)
+            for row, i in enumerate(batch.indices):
+                own = score_BT[row, : batch.given["answer_lengths_B"][row]]
+                if np.isnan(own).any():
+                    raise _no_answer(name(i + 1), int(np.isnan(own).argmax()))
+                yield i, own
+
+    def _decode(self, params: nnx.State, batch: Batch) -> Decoded:
+        """One batch, on the host."""
+        options = dict(keys_B=batch.keys, limit=batch.limit)
+        decoded = self._call(self._run, params, batch, **options)
+        self.stats.steps += int(decoded.steps)
+        if self._stop is None:
+            return decoded
+        tokens = decoded.tokens.reshape(-1, batch.limit)
+        lengths = [
+            self._stop.length(ids[:length].tolist()) or length
+            for ids, length in zip(tokens, decoded.length.reshape(-1), strict=True)
+        ]
+        return dataclasses.replace(
+            decoded, length=np.array(lengths, np.int32).reshape(decoded.length.shape)
+        )
+
+    def _call(self, run: Any, params: nnx.State, batch: Batch, **options: Any) -> Any:
+        """What a program gives, on the host; compiled apart, so that its time is told apart."""
+        self._check_params(params)
+        key = (run, batch.shape)
         start = time.perf_counter()
-        if shape not in self._compiled:
-            lowered = self._run.lower(params, prompt_BP, lengths_B, keys_B, limit)
-            self._compiled[shape] = lowered.compile()
+        if key not in self._compiled:
+            self._compiled[key] = run.lower(params, batch.given, **options).compile()
+        options.pop("limit", None)
         compiled = time.perf_counter()
-        decoded = jax.device_get(self._compiled[shape](params, prompt_BP, lengths_B, keys_B))
+        result = jax.device_get(self._compiled[key](params, batch.given, **options))
         self.stats.compile_seconds += compiled - start
         self.stats.decode_seconds += time.perf_counter() - compiled
-        self.stats.steps += int(decoded.steps)
-        return decoded
+        return result
 
     def _check_params(self, params: nnx.State) -> None:
         """They are the model's: as many, of the same shapes, and floats."""
@@ -325,45 +377,9 @@ class Generator:
                     f"the model, not {x.dtype} {list(x.shape)}"
                 )
 
-    def _check(self, name: str, prompt: Prompt) -> None:
-        """A prompt is of ids, has at least one, and leaves room for at least one more."""
-        try:
-            ids = np.asarray(prompt)
-        except ValueError:  # Lists within a list.
-            ids = np.asarray(None)
-        if not ids.size and ids.ndim == 1:
-            raise ValueError(f"{name} has no tokens: give one at least")
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"{name} must be a sequence of integers, the ids, not {prompt!r}")
-        if ids.size > self.room:
-            raise ValueError(
-                f"{name} has {ids.size} tokens, but there is room for {self.room} (the model "
-                f"knows {self._max_length} positions): split it, or train a model with a larger "
-                "max_length"
-            )
-        if (wrong := np.flatnonzero((ids < 0) | (ids >= self._vocab_size))).size:
-            raise ValueError(
-                f"{name} has the id {ids[wrong[0]]} at index {wrong[0]}, but the vocabulary has "
-                f"{self._vocab_size} tokens: was it made by another tokenizer?"
-            )
 
-    def _keys(self, keys: Array | None, count: int) -> Array | None:
-        """A key for each of `count` prompts."""
-        if keys is None:
-            return None
-        keys = typed_keys(keys)
-        if keys.shape != (count,):
-            raise ValueError(
-                f"keys must be one PRNG key a prompt, [{count}], not {list(keys.shape)}: "
-                f"jax.random.split(key, {count})"
-            )
-        return keys
-
-    def _shape(self, length: int) -> tuple[int, int]:
-        """Prompt width and new tokens of the batch that a prompt of `length` tokens goes into."""
-        width = -(-length // BUCKET) * BUCKET
-        limit = width + 50 if self._max_new_tokens is None else self._max_new_tokens
-        if self._is_translation:
-            return min(width, self._max_length), min(limit, self._max_length)
-        width = min(width, self.room)
-        return width, min(limit, self._max_length - width)
+def _no_answer(name: str, length: int) -> ValueError:
+    return ValueError(
+        f"{name}: the model's logits were NaN or infinite behind {length} new tokens, so nothing "
+        "can be decoded: check that its weights are finite, and that they are of this model"
+    )

@@ -12,6 +12,7 @@ from jax import Array
 
 from mqa_jax.decode.generate import DecodeStats, Generator
 from mqa_jax.decode.search import Decoded
+from mqa_jax.decode.stream import Stop
 from mqa_jax.model.transformer import Model
 
 # What may be done about a line that the model has no room for.
@@ -72,14 +73,20 @@ class _Part:
 class LineDecoder(Generator):
     """A `Generator` from lines of text; `tokenizer` turns them into ids, all else is the same.
 
+    Args:
+      stop: strings that end an output, which they are not part of.
+
     Attributes:
       stats: a `LineStats`.
     """
 
     stats: LineStats
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, **options: Any):
-        super().__init__(model, **options)
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, *, stop: Sequence[str] = (), **options: Any
+    ):
+        stops = Stop(stop, tokenizer.decode) if stop else None
+        super().__init__(model, stop=stops, **options)
         self._tokenizer = tokenizer
         self._eos_id = tokenizer.encode("")[-1]
         self.stats = LineStats()
@@ -94,6 +101,25 @@ class LineDecoder(Generator):
     ) -> Iterator[tuple[int, Decoded]]:
         """As `Generator`, of lines, a blank one too; an error counts them from 1."""
         return super().__call__(params, [self._prompt(line) for line in lines], keys, name=name)
+
+    def score(  # type: ignore[override]  # As above.
+        self,
+        params: nnx.State,
+        lines: Sequence[str],
+        answers: Sequence[str],
+        *,
+        name: Callable[[int], str] = "line {}".format,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """As `Generator`, of lines and the texts that answer them, each with its end."""
+        prompts = [self._prompt(line) for line in lines]
+        ids = [self._tokenizer.encode(answer) for answer in answers]
+        if not self._batcher.is_translation and len(answers) == len(lines):
+            for i, (line, answer) in enumerate(zip(lines, answers, strict=True)):
+                # By itself it would be encoded as what begins a text.
+                whole = [self._bos_id, *self._tokenizer.encode(line + answer)]
+                if whole[: len(prompts[i])] == prompts[i]:
+                    ids[i] = whole[len(prompts[i]) :]
+        return super().score(params, prompts, ids, name=name)
 
     def texts(
         self,
@@ -123,35 +149,65 @@ class LineDecoder(Generator):
         """
         if on_long not in ON_LONG:
             raise ValueError(f"on_long {on_long!r} is not one of {', '.join(ON_LONG)}")
-        if on_long == "split" and not self._is_translation:
+        if on_long == "split" and not self._batcher.is_translation:
             raise ValueError(
                 "--on_long=split is for translations: a language model continues one text, not "
                 "parts of it; --on_long=cut keeps its end"
             )
-        parts = [self._parts(number, line, on_long) for number, line in enumerate(lines, start=1)]
-        return self._outputs(params, parts, self._keys(keys, len(lines)))
+        parts = [self._line_parts(i, line, on_long) for i, line in enumerate(lines, start=1)]
+        outputs = self._outputs(params, parts, self._batcher.keys(keys, len(lines)), 1)
+        return (
+            "".join(part.glue * bool(best) + best for part, ((best, _), *_) in answered)
+            for answered in outputs
+        )
+
+    def n_best(
+        self, params: nnx.State, lines: Sequence[str], *, on_long: str = "error"
+    ) -> Iterator[list[tuple[str, float]]]:
+        """All hypotheses of a beam search for each line, best first, and their scores.
+
+        Arguments and errors are those of `texts`; lines are not split, since parts have n-best
+        outputs of their own. A blank line has none, and each has as many as there are.
+        """
+        if on_long not in ON_LONG or on_long == "split":
+            raise ValueError(f"on_long {on_long!r} is not one of error, skip, cut")
+        parts = [self._line_parts(i, line, on_long) for i, line in enumerate(lines, start=1)]
+        return (
+            [output for _, outputs in answered for output in outputs]
+            for answered in self._outputs(params, parts, None, None)
+        )
 
     def _outputs(
-        self, params: nnx.State, lines: Sequence[Sequence[_Part]], keys: Array | None
-    ) -> Iterator[str]:
+        self,
+        params: nnx.State,
+        lines: Sequence[Sequence[_Part]],
+        keys: Array | None,
+        count: int | None,
+    ) -> Iterator[list[tuple[_Part, list[tuple[str, float]]]]]:
+        """For each line its parts, and what `_decoded` has for each of them."""
         start = 0
         while start < len(lines):
             window, stop = list[_Part](), start
-            while stop < len(lines) and len(window) < WINDOW * self._batch_size:
+            while stop < len(lines) and len(window) < WINDOW * self._batcher.batch_size:
                 window += lines[stop]
                 stop += 1
-            results, done = self._decoded(params, window, keys), dict[tuple[int, int], str]()
+            results, done = self._decoded(params, window, keys, count), dict[tuple[int, int], Any]()
             for parts in lines[start:stop]:
                 while not all(part.place in done for part in parts):
-                    part, text = next(results)
-                    done[part.place] = part.glue * bool(text) + text
-                yield "".join(done.pop(part.place) for part in parts)
+                    part, outputs = next(results)
+                    done[part.place] = outputs
+                yield [(part, done.pop(part.place)) for part in parts]
             start = stop
 
     def _decoded(
-        self, params: nnx.State, parts: Sequence[_Part], keys: Array | None
-    ) -> Iterator[tuple[_Part, str]]:
-        """Parts and their outputs, in the order in which they are done."""
+        self,
+        params: nnx.State,
+        parts: Sequence[_Part],
+        keys: Array | None,
+        count: int | None,
+    ) -> Iterator[tuple[_Part, list[tuple[str, float]]]]:
+        """Parts and their outputs with scores, the `count` best or all, in the order in which they
+        are done."""
         if keys is not None and parts:
             lines, numbers = np.array([part.place for part in parts]).T
             keys = keys[lines - 1]
@@ -166,14 +222,32 @@ class LineDecoder(Generator):
         )
         for i, decoded in results:
             part = parts[i]
-            best = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[0]
-            ids = best[: int(decoded.length.reshape(-1)[0])].tolist()
-            if self._eos_id not in ids:
-                self.stats.unended.add(part.place[0])
-            yield part, " ".join(self._text(part, ids).splitlines())
+            tokens_bL = decoded.tokens.reshape(-1, decoded.tokens.shape[-1])[:count]
+            lengths_b = decoded.length.reshape(-1)[:count]
+            scores_b: Any = (
+                np.zeros(len(lengths_b)) if decoded.score is None else decoded.score[:count]
+            )
+            outputs = list[tuple[str, float]]()
+            for ids_L, length, score in zip(tokens_bL, lengths_b, scores_b, strict=True):
+                # The best is an answer all the same; others there may be fewer of than of beams.
+                if not outputs or score > -np.inf:
+                    ids = ids_L[: int(length)].tolist()
+                    outputs.append((self._output(part, ids, not outputs), float(score)))
+            yield part, outputs
+
+    def _output(self, part: _Part, ids: list[int], is_best: bool) -> str:
+        """As one line."""
+        text = self._text(part, ids)
+        is_stopped = False
+        if self._stop is not None:
+            is_stopped = self._stop.length(ids) is not None
+            text = self._stop.cut(text)
+        if is_best and self._eos_id not in ids and not is_stopped:
+            self.stats.unended.add(part.place[0])
+        return " ".join(text.splitlines())
 
     def _text(self, part: _Part, ids: list[int]) -> str:
-        if self._is_translation:
+        if self._batcher.is_translation:
             return self._tokenizer.decode(ids)
         # Decoded by themselves, they would lose the space in front.
         prompt = part.ids.tolist()
@@ -182,9 +256,9 @@ class LineDecoder(Generator):
     def _prompt(self, line: str) -> list[int]:
         ids = self._tokenizer.encode(line)
         # A sentence to be continued begins, and does not end.
-        return ids if self._is_translation else [self._bos_id, *ids[:-1]]
+        return ids if self._batcher.is_translation else [self._bos_id, *ids[:-1]]
 
-    def _parts(self, number: int, line: str, on_long: str) -> list[_Part]:
+    def _line_parts(self, number: int, line: str, on_long: str) -> list[_Part]:
         """What to decode for a line, nothing perhaps."""
         if not line.strip():
             self.stats.blank.add(number)
@@ -199,20 +273,20 @@ class LineDecoder(Generator):
             if on_long == "error" or self.room < 1:
                 raise ValueError(
                     f"line {number} has {len(ids)} tokens, but there is room for {self.room} (the "
-                    f"model knows {self._max_length} positions): shorten it, choose "
+                    f"model knows {self._batcher.max_length} positions): shorten it, choose "
                     "--on_long=skip, cut or split, or train a model with a larger max_length"
                 )
             split = on_long == "split"
             pieces = self._split(number, line.strip()) if split else [("", self._cut(ids))]
         for _, ids in pieces:
-            self._check(f"line {number}", ids)
+            self._batcher.check(f"line {number}", ids)
         return [
             _Part((number, i), glue, np.array(ids, np.int32))
             for i, (glue, ids) in enumerate(pieces)
         ]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        if self._is_translation:
+        if self._batcher.is_translation:
             return [*ids[: self.room - 1], ids[-1]]
         return [ids[0], *ids[len(ids) - self.room + 1 :]]
 

@@ -54,6 +54,19 @@ def keep_probable(
     return _keep_first(logits_BV, threshold_B1, count_B1)
 
 
+def keep_above(logits_BV: Array, min_p: np.ndarray | Array) -> Array:
+    """The logits, with minus infinity for tokens less than `min_p` times as probable as the best.
+
+    Args:
+      logits_BV: `[B, V]` float32.
+      min_p: in (0, 1], `[]` or `[B, 1]`.
+    """
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    # In differences of logits, which are exact where probabilities are too small for float32.
+    is_left_out_BV = logits_BV - best_B1 < jnp.log(jnp.asarray(min_p, jnp.float32))
+    return jnp.where(is_left_out_BV, -jnp.inf, logits_BV)
+
+
 def _keep_first(logits_BV: Array, threshold_B1: Array, count: Array | int) -> Array:
     """The first `count` logits by size, then by id; `threshold_B1` is the least of them."""
     is_above_BV, is_equal_BV = logits_BV > threshold_B1, logits_BV == threshold_B1

@@ -21,8 +21,10 @@ from mqa_jax import (
     greedy,
     sample,
 )
-from mqa_jax.decode.generate import BUCKET, Generator, generate
+from mqa_jax.decode.batches import BUCKET
+from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.lines import LineDecoder
+from mqa_jax.decode.prompts import generate
 from mqa_jax.measure.timing import no_compilation
 
 BOS, EOS, END = 1, 2, 11  # EOS ends what is given, END what is decoded: a token that comes by soon.
