@@ -38,6 +38,16 @@ def define_config(values: flags.FlagValues) -> None:
     )
 
 
+def define_model(values: flags.FlagValues, what_for: str) -> None:
+    """The flags of a model of the hub."""
+    flags.DEFINE_string(
+        "model",
+        None,
+        f"a directory that was downloaded from the Hugging Face hub: {what_for}",
+        flag_values=values,
+    )
+
+
 def shipped_names() -> list[str]:
     """The names of the configs that come with the package."""
     return sorted(file.stem for file in SHIPPED.glob("[!_]*.py"))

@@ -1,18 +1,22 @@
 """Measures what decoding costs, with random weights; or compiles a decode step for a TPU.
 
     mqa-jax benchmark --config=wmt14 [--quick] --output_dir=DIR
+    mqa-jax benchmark --model=DIR --output_dir=DIR
     mqa-jax benchmark --config=wmt14 --compile_only=v2:2x2 --batch_sizes=1024
 
-The tables are printed, and kept with pictures in --output_dir.
+With --model it is a model of the Hugging Face hub, of whose directory config.json is enough. The
+tables are printed, and kept with pictures in --output_dir.
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mqa_jax.cli.arguments import define_config, load_config, refuse_idle
+from mqa_jax.cli.arguments import define_config, define_model, load_config, refuse_idle
 from mqa_jax.core.checks import check_integer
+from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
 from mqa_jax.measure.cost import SEARCHES
 
@@ -23,6 +27,7 @@ QUICK = dict(variants=["multi_head", "multi_query"], context_lengths=["128"], re
 def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
     define_config(values)
+    define_model(values, "measures a model of its sizes")
     flags.DEFINE_string("output_dir", None, "where JSON and pictures go", flag_values=values)
     flags.DEFINE_bool(
         "quick",
@@ -61,12 +66,16 @@ def run(args: flags.FlagValues) -> int:
     """Returns the exit status: 130, as the shell has it, after an interrupt."""
     measuring = "output_dir quick searches repeats wide compare benchmark"
     refuse_idle(args, [(not args.compile_only, "with --compile_only", measuring)])
-    if args.config is None:
-        raise ValueError("give --config, such as --config=wmt14")
+    if (args.config is None) == (args.model is None):
+        raise ValueError("give --config, such as --config=wmt14, or --model, a directory")
+    refuse_idle(args, [(args.model is None, "with --model", "quick variants compare")])
     for name, value in QUICK.items() if args.quick else ():
         if not args[name].present:
             args[name].value = value
-    configs = {variant: variant_config(args, variant) for variant in args.variants}
+    if args.model is None:
+        configs = {variant: variant_config(args, variant) for variant in args.variants}
+    else:
+        configs = pretrained_config(args)
     sizes = dict(
         batch_sizes=integers(args, "batch_sizes"),
         context_lengths=integers(args, "context_lengths"),
@@ -127,8 +136,21 @@ def variant_config(args: flags.FlagValues, variant: str) -> ConfigDict:
     return load_config(f"{file}:{variant}", config_flags.get_override_values(args["config"]))
 
 
+def pretrained_config(args: flags.FlagValues) -> dict[str, ConfigDict]:
+    """The model of --model, by the name of its directory."""
+    require("hub", "--model")
+
+    from mqa_jax.hub import read_config
+
+    directory = local_path("--model", args.model)
+    task, config = read_config(directory)
+    return {directory.resolve().name: ConfigDict(dict(task=task, model=dataclasses.asdict(config)))}
+
+
 def model_name(args: flags.FlagValues) -> str:
     """The config's name, such as `wmt14`, and whether its model was changed beside it."""
+    if args.model is not None:
+        return local_path("--model", args.model).resolve().name
     file = config_flags.get_config_filename(args["config"]).partition(":")[0]
     changes = config_flags.get_override_values(args["config"])
     is_changed = any(name.startswith("model.") and name != "model.dtype" for name in changes)

@@ -1,6 +1,11 @@
 """Decodes the lines of a text with a trained model:
 
     mqa-jax decode --workdir=DIR --input=FILE --output=FILE [--beam_size=4] [--reference=FILE]
+    mqa-jax decode --model=DIR --input=FILE --output=FILE
+
+With --model it is one that was downloaded from the Hugging Face hub. What its directory says of
+beams, penalties and ids is done where no flag says otherwise, and told on standard error; only
+--sample samples.
 
 With --n_best=N its N best outputs come for each line, as "number ||| text ||| score", numbered from
 0. With --score nothing is decoded, but the log-probability of each line of --reference told.
@@ -18,6 +23,7 @@ has the flags of `mqa-jax benchmark`, which measures what decoding costs.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import stat
@@ -30,7 +36,8 @@ import jax
 from absl import flags
 from flax import nnx
 
-from mqa_jax.cli.arguments import refuse_idle
+from mqa_jax.cli.arguments import define_model, refuse_idle
+from mqa_jax.cli.pretrained import DTYPES, Source, load_pretrained
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
 from mqa_jax.decode.beam import TRANSFORMERS, BeamRules, beam_search
@@ -41,10 +48,12 @@ from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty
 from mqa_jax.decode.search import greedy, sample
 
 BEAM_RULES = {"paper": BeamRules(), "transformers": TRANSFORMERS}
+BEAM_FLAGS = "alpha beam_rules early_stopping n_best"
+EARLY_STOPPING: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
 
 # What has no effect on what is only scored.
 SEARCH_FLAGS = (
-    "on_long max_new_tokens beam_size alpha beam_rules n_best repetition_penalty no_repeat_ngram "
+    f"on_long max_new_tokens beam_size {BEAM_FLAGS} repetition_penalty no_repeat_ngram "
     "min_new_tokens stop sample temperature top_k top_p min_p seed"
 )
 
@@ -57,6 +66,8 @@ def define(values: flags.FlagValues) -> None:
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     string("workdir", None, "the --workdir of a training run")
+    define_model(values, "decodes with it")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "for --model", flag_values=values)
     string("input", "-", "a text, .gz perhaps, to decode line by line; - is standard input")
     string("output", "-", "where the lines go; - is standard output")
     string("reference", None, "the right lines: tells BLEU, or what --score is of")
@@ -85,6 +96,15 @@ def define(values: flags.FlagValues) -> None:
         "does (--alpha is its length_penalty then)",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "early_stopping",
+        None,
+        [*EARLY_STOPPING],
+        "when a beam search is over: true, with as many ends as beams; false, when the best live "
+        "hypothesis, ended where it stands, would not do; never, when no ending of it could; by "
+        "default as --beam_rules has it",
+        flag_values=values,
+    )
     integer("n_best", None, "of the beam search: that many outputs a line, with their scores")
     number("repetition_penalty", None, "above 1: what has been said becomes less likely")
     integer("no_repeat_ngram", None, "no so many tokens in a row twice")
@@ -105,9 +125,10 @@ def define(values: flags.FlagValues) -> None:
 
 def check(args: flags.FlagValues) -> None:
     """Raises a ValueError, before anything is loaded, for flags that make no sense."""
-    if args.workdir is None:
+    if (args.workdir is None) == (args.model is None):
         raise ValueError(
-            "give --workdir, of a training run, to decode with, or --benchmark, to measure"
+            "give --workdir, of a training run, or --model, of the hub, to decode with, or "
+            "--benchmark, to measure"
         )
     if args.sample and args.beam_size > 1:
         raise ValueError("--sample and --beam_size exclude each other")
@@ -116,7 +137,8 @@ def check(args: flags.FlagValues) -> None:
         [
             (not args.score, "with --score", SEARCH_FLAGS),
             (args.sample, "without --sample", "temperature top_k top_p min_p seed"),
-            (args.beam_size > 1, "without a --beam_size above 1", "alpha beam_rules n_best"),
+            (args.model, "without --model", "dtype"),
+            (args.beam_size > 1, "without a --beam_size above 1", BEAM_FLAGS),
         ],
     )
     if args.score and args.reference is None:
@@ -153,12 +175,13 @@ def run(args: flags.FlagValues) -> None:
 
     from tqdm import tqdm
 
-    from mqa_jax.data import BOS_ID, EOS_ID
     from mqa_jax.data.text import read_lines, text_name
-    from mqa_jax.train import workdir as workdirs
 
-    workdir = local_path("--workdir", args.workdir)
-    workdirs.load_config(workdir)  # That there is a run is known before a text is read.
+    if args.workdir is not None:
+        from mqa_jax.train import workdir as workdirs
+
+        # That there is a run is known before a text is read.
+        workdirs.load_config(local_path("--workdir", args.workdir))
     source, output = path_of("input", args.input), path_of("output", args.output)
     reference = None if args.reference is None else path_of("reference", args.reference)
     lines = read_lines(source)
@@ -176,13 +199,15 @@ def run(args: flags.FlagValues) -> None:
         # Rows that are there to fill up a batch cost as much as others.
         batch_size = max(1, min(batch_size, len(lines)))
     with writing(output) as write:
-        trained = workdirs.load_run(workdir)
+        trained = load_trained(args) if args.model is None else load_pretrained(args)
         decoder = LineDecoder(
             trained.model,
             trained.tokenizer,
-            search=build_search(args, EOS_ID),
+            search=build_search(args, trained),
             batch_size=batch_size,
-            bos_id=BOS_ID,
+            bos_id=trained.bos_id,
+            has_bos=trained.has_bos,
+            eos_ids=trained.eos_ids,
             max_new_tokens=args.max_new_tokens,
             stop=args.stop,
         )
@@ -195,6 +220,15 @@ def run(args: flags.FlagValues) -> None:
     print_stats(decoder.stats, len(lines), args.on_long)
     if references and not args.score:
         print_scores(outputs, references)
+
+
+def load_trained(args: flags.FlagValues) -> Source:
+    """The run in --workdir."""
+    from mqa_jax.data import BOS_ID, EOS_ID
+    from mqa_jax.train import workdir as workdirs
+
+    run = workdirs.load_run(local_path("--workdir", args.workdir))
+    return Source(run.model, run.params, run.tokenizer, BOS_ID, (EOS_ID,))
 
 
 def answers(
@@ -278,22 +312,28 @@ def is_same(source: str | Path, output: str | Path) -> bool:
     return stat.S_ISREG(found[0].st_mode) and os.path.samestat(*found)
 
 
-def build_search(args: flags.FlagValues, eos_id: int) -> Search:
-    """What the flags ask for."""
+def build_search(args: flags.FlagValues, trained: Source) -> Search:
+    """What the flags ask for, and the model."""
     rules: list[Rule] = []
+    eos_id = trained.eos_ids or None
     if args.repetition_penalty is not None:
         rules.append(RepetitionPenalty(args.repetition_penalty))
     if args.no_repeat_ngram is not None:
         rules.append(NoRepeatNgram(args.no_repeat_ngram))
     if args.min_new_tokens is not None:
         rules.append(MinNewTokens(args.min_new_tokens, eos_id))
+    rules += trained.rules
     options: dict[str, Any] = dict(eos_id=eos_id, rules=rules)
     if args.sample:
         options |= {name: args[name].value for name in ("temperature", "top_k", "top_p", "min_p")}
         return functools.partial(sample, **options)
     if args.beam_size > 1:
         options |= dict(beam_size=args.beam_size, alpha=args.alpha)
-        options |= dict(beam_rules=BEAM_RULES[args.beam_rules])
+        beam_rules = BEAM_RULES[args.beam_rules]
+        if args.early_stopping is not None:
+            early_stopping = EARLY_STOPPING[args.early_stopping]
+            beam_rules = dataclasses.replace(beam_rules, early_stopping=early_stopping)
+        options |= dict(beam_rules=beam_rules)
         return functools.partial(beam_search, **options)
     return functools.partial(greedy, **options)
 

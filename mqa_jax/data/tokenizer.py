@@ -111,6 +111,10 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    # What `encode` puts in front of every text, and behind it.
+    begin_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = (EOS_ID,)
+
     @property
     def vocab_size(self) -> int:
         """The number of ids; they are 0 to `vocab_size - 1`."""

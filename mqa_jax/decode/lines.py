@@ -30,10 +30,17 @@ BOUNDARIES = (
 
 
 class Tokenizer(Protocol):
-    """What this file asks of a tokenizer; `mqa_jax.data.tokenizer.Tokenizer` is one.
+    """What this file asks of a tokenizer; `mqa_jax.data.tokenizer.Tokenizer` is one, and those of
+    `mqa_jax.hub.tokenizer` are.
 
-    The ids of a text end with that of the end of a sentence, at which `decode` stops.
+    The ids of a text begin with `begin_ids` and end with `end_ids`, which `decode` leaves out.
     """
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -75,6 +82,9 @@ class LineDecoder(Generator):
 
     Args:
       stop: strings that end an output, which they are not part of.
+      has_bos: whether a language model's prompts begin with `bos_id`, in front of what the
+        tokenizer puts there.
+      eos_ids: what ends an output, as the search was told; the tokenizer's `end_ids` when None.
 
     Attributes:
       stats: a `LineStats`.
@@ -83,12 +93,20 @@ class LineDecoder(Generator):
     stats: LineStats
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, *, stop: Sequence[str] = (), **options: Any
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        has_bos: bool = True,
+        eos_ids: Sequence[int] | None = None,
+        **options: Any,
     ):
         stops = Stop(stop, tokenizer.decode) if stop else None
         super().__init__(model, stop=stops, **options)
         self._tokenizer = tokenizer
-        self._eos_id = tokenizer.encode("")[-1]
+        self._begin = [self._bos_id] * (has_bos and not self._batcher.is_translation)
+        self._eos_ids = set(tokenizer.end_ids if eos_ids is None else eos_ids)
         self.stats = LineStats()
 
     def __call__(  # type: ignore[override]  # Its prompts are lines: for that it is here.
@@ -116,7 +134,7 @@ class LineDecoder(Generator):
         if not self._batcher.is_translation and len(answers) == len(lines):
             for i, (line, answer) in enumerate(zip(lines, answers, strict=True)):
                 # By itself it would be encoded as what begins a text.
-                whole = [self._bos_id, *self._tokenizer.encode(line + answer)]
+                whole = [*self._begin, *self._tokenizer.encode(line + answer)]
                 if whole[: len(prompts[i])] == prompts[i]:
                     ids[i] = whole[len(prompts[i]) :]
         return super().score(params, prompts, ids, name=name)
@@ -242,7 +260,7 @@ class LineDecoder(Generator):
         if self._stop is not None:
             is_stopped = self._stop.length(ids) is not None
             text = self._stop.cut(text)
-        if is_best and self._eos_id not in ids and not is_stopped:
+        if is_best and self._eos_ids.isdisjoint(ids) and not is_stopped:
             self.stats.unended.add(part.place[0])
         return " ".join(text.splitlines())
 
@@ -254,9 +272,13 @@ class LineDecoder(Generator):
         return self._tokenizer.decode(prompt + ids)[len(self._tokenizer.decode(prompt)) :]
 
     def _prompt(self, line: str) -> list[int]:
-        ids = self._tokenizer.encode(line)
+        ids = [*self._begin, *self._tokenizer.encode(line)]
         # A sentence to be continued begins, and does not end.
-        return ids if self._batcher.is_translation else [self._bos_id, *ids[:-1]]
+        return ids if self._batcher.is_translation else ids[: len(ids) - self._ends]
+
+    @property
+    def _ends(self) -> int:
+        return len(self._tokenizer.end_ids)
 
     def _line_parts(self, number: int, line: str, on_long: str) -> list[_Part]:
         """What to decode for a line, nothing perhaps."""
@@ -287,8 +309,9 @@ class LineDecoder(Generator):
 
     def _cut(self, ids: list[int]) -> list[int]:
         if self._batcher.is_translation:
-            return [*ids[: self.room - 1], ids[-1]]
-        return [ids[0], *ids[len(ids) - self.room + 1 :]]
+            return [*ids[: self.room - self._ends], *ids[len(ids) - self._ends :]]
+        begins = len(self._begin) + len(self._tokenizer.begin_ids)
+        return [*ids[:begins], *ids[len(ids) - self.room + begins :]]
 
     def _split(self, number: int, text: str) -> list[tuple[str, list[int]]]:
         """Ids of parts of a text that there is room for, each behind what joins it to the last."""

@@ -52,6 +52,8 @@ both_models = pytest.mark.parametrize("model_type", MODELS)
 class Words:
     """A tokenizer for lines of ids."""
 
+    begin_ids, end_ids = (), (EOS,)
+
     def encode(self, text):
         return [*map(int, text.split()), EOS]
 

@@ -1,0 +1,113 @@
+"""What --model brings: a model of the Hugging Face hub, and the defaults of its directory."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from absl import flags
+
+from mqa_jax.core.extras import require
+from mqa_jax.core.paths import local_path
+from mqa_jax.decode.history import Rule
+from mqa_jax.decode.lines import Tokenizer
+from mqa_jax.decode.rules import Forbid, ForceFirst, ForceLast, Normalize
+from mqa_jax.model.transformer import Model
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What lines are decoded with.
+
+    Attributes:
+      model: its structure.
+      params: its weights.
+      tokenizer: of its text.
+      bos_id: what a target begins with, and, where `has_bos`, a language model's prompt.
+      eos_ids: what ends a text.
+      has_bos: as for `LineDecoder`.
+      rules: on logits, that the model asks for.
+    """
+
+    model: Model
+    params: Any
+    tokenizer: Tokenizer
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    has_bos: bool = True
+    rules: tuple[Rule, ...] = ()
+
+
+def load_pretrained(args: flags.FlagValues) -> Source:
+    """The model of --model. Flags that are not given become what its directory says.
+
+    Raises:
+      ValueError: as `mqa_jax.hub.load`, or it has no tokenizer.
+    """
+    require("hub", "--model")
+
+    from flax import nnx
+
+    from mqa_jax import hub
+
+    directory = local_path("--model", args.model)
+    pretrained = hub.load(directory, dtype=args.dtype)
+    if pretrained.tokenizer is None:
+        raise ValueError(
+            f"{directory} has no tokenizer that can be read: tokenizer.json, tokenizer.model, "
+            "spiece.model, or source.spm, target.spm and vocab.json of a Marian"
+        )
+    generation, tokenizer = pretrained.generation, pretrained.tokenizer
+    _take_defaults(args, generation)
+    start = generation.decoder_start_id
+    return Source(
+        pretrained.model,
+        nnx.state(pretrained.model),
+        tokenizer,
+        bos_id=0 if start is None else start,
+        eos_ids=generation.eos_ids or tokenizer.end_ids,
+        has_bos=False,
+        rules=_rules(generation),
+    )
+
+
+def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
+    """Tells of them on standard error. Sampling is what --sample asks for, and nothing else."""
+    said: dict[str, Any] = dict(
+        repetition_penalty=generation.repetition_penalty,
+        no_repeat_ngram=generation.no_repeat_ngram_size or None,
+        min_new_tokens=generation.min_new_tokens,
+    )
+    if args.sample:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            said[name] = getattr(generation, name) or None
+    elif not args["beam_size"].present:
+        said["beam_size"] = generation.num_beams if generation.num_beams > 1 else None
+    if args.beam_size > 1 or said.get("beam_size"):
+        said |= dict(beam_rules="transformers", alpha=generation.length_penalty)
+        said["early_stopping"] = str(generation.early_stopping).lower()
+    taken = {
+        name: value
+        for name, value in said.items()
+        if value is not None and not args[name].present and args[name].value != value
+    }
+    for name, value in taken.items():
+        args[name].value = value
+    if taken:
+        shown = " ".join(f"--{name}={value}" for name, value in taken.items())
+        print(f"as the model's directory says: {shown}", file=sys.stderr)
+
+
+def _rules(generation: Any) -> tuple[Rule, ...]:
+    """Those that do not change how a text is chosen, but which text there can be."""
+    rules: list[Rule] = []
+    if forbidden := [*generation.bad_words, *((id,) for id in generation.suppressed)]:
+        rules.append(Forbid(forbidden))
+    if generation.forced_bos_id is not None:
+        rules.append(ForceFirst(generation.forced_bos_id))
+    if generation.forced_eos_id is not None:
+        rules.append(ForceLast(generation.forced_eos_id))
+    if generation.renormalize:
+        rules.append(Normalize())
+    return tuple(rules)
