@@ -14,7 +14,8 @@ WORKDIR = "--workdir=x"
 MISTAKES = {
     "": ["foo"],
     "train, decode, benchmark, prepare": ["foo"],
-    "give --workdir, of a training run, to decode with": ["decode"],
+    "give --workdir, of a training run, or --model, of the hub, to decode with": ["decode"],
+    "--dtype: of no effect without --model": ["decode", WORKDIR, "--dtype=bfloat16"],
     "--temperature: of no effect without --sample": ["decode", WORKDIR, "--temperature=1"],
     "--top_k, --seed: of no effect": ["decode", WORKDIR, "--seed=0", "--top_k=2"],
     "--alpha: of no effect without a --beam_size": ["decode", WORKDIR, "--alpha=1"],

@@ -37,6 +37,8 @@ CONTINUATION = " und\u2028so\r\nweiter"
 class Bytes:
     """A tokenizer of bytes that, as SentencePiece, puts a space in front, and takes it away."""
 
+    begin_ids, end_ids = (), (EOS,)
+
     def encode(self, text):
         return [*(FIRST + byte for byte in b" " + text.encode()), EOS]
 

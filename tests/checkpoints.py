@@ -213,7 +213,7 @@ def values(name: str, shape: list[int]) -> np.ndarray:
 
 @functools.cache
 def golden() -> dict:
-    return json.loads(Path(__file__).with_name("golden.json").read_text())
+    return json.loads((Path(__file__).parent / "hub" / "golden.json").read_text())
 
 
 def tensors(name: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,91 @@
+"""Models of the hub on the command line: --model decodes as its directory says, and is measured."""
+
+import json
+
+import pytest
+import tokenizers
+from checkpoints import write
+from flax import nnx
+
+import mqa_jax
+from mqa_jax.cli import main
+from mqa_jax.decode.beam import TRANSFORMERS
+from mqa_jax.decode.generate import Generator
+from mqa_jax.decode.rules import Forbid
+from mqa_jax.hub import load
+
+WORDS = {f"w{i}": i for i in range(31)}
+LINES = ["w3 w17 w5", "", "w29 w2", "w11"]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A GPT-2 whose tokens are words, which asks for two beams, and never says w7."""
+    directory = write(tmp_path / "gpt2", "gpt2")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    generation = dict(eos_token_id=[4, 9], num_beams=2, length_penalty=0.5, bad_words_ids=[[7]])
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "lines").write_text("\n".join(LINES) + "\n")
+    return directory
+
+
+def decoded(tmp_path, capfd, directory, *flags):
+    output = tmp_path / "output"
+    source = f"--input={tmp_path / 'lines'}"
+    status = main(["decode", f"--model={directory}", source, f"--output={output}", *flags])
+    errors = capfd.readouterr().err
+    assert status == 0, errors
+    return output.read_text().split("\n")[:-1], errors
+
+
+def expected(directory, **options):
+    pretrained = load(directory)
+    options |= dict(eos_id=[4, 9], rules=[Forbid([7])])
+    search = mqa_jax.greedy
+    if "beam_size" in options:
+        options |= dict(alpha=0.5, beam_rules=TRANSFORMERS)
+        search = mqa_jax.beam_search
+    generator = Generator(
+        pretrained.model,
+        search=lambda *args, **kwargs: search(*args, **kwargs | options),
+        batch_size=2,
+        bos_id=0,
+        max_new_tokens=5,
+    )
+    prompts = [[WORDS[word] for word in line.split()] for line in LINES if line]
+    ids = iter(generator.tokens(nnx.state(pretrained.model), prompts))
+    return [" ".join(f"w{id}" for id in next(ids)) if line else "" for line in LINES]
+
+
+def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, tmp_path, capfd):
+    lines, errors = decoded(tmp_path, capfd, directory, "--max_new_tokens=5")
+    assert "as the model's directory says: --beam_size=2 --beam_rules=transformers" in errors
+    assert "--alpha=0.5" in errors
+    assert [line.strip() for line in lines] == expected(directory, beam_size=2)
+    lines, errors = decoded(tmp_path, capfd, directory, "--max_new_tokens=5", "--beam_size=1")
+    assert "directory says" not in errors
+    assert [line.strip() for line in lines] == expected(directory)
+    assert "w7" not in " ".join(lines)
+
+
+def test_a_model_without_a_tokenizer_and_two_models_are_refused(directory, tmp_path, capfd):
+    (directory / "tokenizer.json").unlink()
+    assert main(["decode", f"--model={directory}", f"--input={tmp_path / 'lines'}"]) == 2
+    assert "has no tokenizer that can be read: tokenizer.json" in capfd.readouterr().err
+    assert main(["decode", f"--model={directory}", "--workdir=x"]) == 2
+    assert "give --workdir, of a training run, or --model" in capfd.readouterr().err
+
+
+def test_a_model_is_measured_by_its_config_alone(directory, tmp_path, capfd):
+    (directory / "model.safetensors").unlink()
+    args = [f"--model={directory}", f"--output_dir={tmp_path / 'out'}", "--repeats=1"]
+    assert main(["benchmark", *args, "--batch_sizes=3", "--context_lengths=8"]) == 0
+    (row,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["costs"]
+    assert (row["variant"], row["batch"], row["context_length"]) == ("gpt2", 3, 8)
+    # 31 tokens, 11 positions, two layers of 20 and 80 with biases, and five norms.
+    layer = 4 * 20 * 20 + 4 * 20 + 2 * 20 * 80 + 80 + 20 + 4 * 20
+    assert row["parameters"] == 31 * 20 + 11 * 20 + 2 * layer + 2 * 20
+    assert main(["benchmark", *args, "--variants=multi_head"]) == 2
+    assert "--variants: of no effect with --model" in capfd.readouterr().err
