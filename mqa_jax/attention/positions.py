@@ -158,10 +158,10 @@ class RelativeBias(nnx.Module):
         """The row of the table for each `key position - query position`."""
         exact = self.side // 2
         # A table, since float32 may come out on the other side of a range's border.
-        far = np.maximum(np.arange(self.distance + 1), 1)
-        share = np.log(far / exact) / math.log(self.distance / exact)
+        far = np.arange(self.distance + 1)
+        share = np.log(np.maximum(far, 1) / exact) / math.log(self.distance / exact)
         large = np.minimum(exact + np.floor(share * (self.side - exact)), self.side - 1)
-        bucket_of = jnp.asarray(np.where(far < exact, np.arange(len(far)), large), jnp.int32)
+        bucket_of = jnp.asarray(np.where(far < exact, far, large), jnp.int32)
         distance = jnp.abs(offset) if self.bidirectional else jnp.maximum(-offset, 0)
         bucket = bucket_of[jnp.minimum(distance, self.distance)]
         if self.bidirectional:

@@ -143,7 +143,7 @@ def ruling(
 
 
 def check_rules(
-    rules: Sequence[Rule], prompt: tuple[Array, Array] | None, vocab_size: int, batch: int
+    rules: Any, prompt: tuple[Array, Array] | None, vocab_size: int, batch: int
 ) -> None:
     """Raises ValueError for what is no rule, one with a number that makes no sense, and a prompt
     of another shape."""

@@ -14,6 +14,7 @@ F phrases
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ class Forbid:
 
     def __post_init__(self) -> None:
         # What `jax.jit` compares programs by must be hashable. What is no id is told by `check`.
-        phrases = self.phrases
+        phrases: Any = self.phrases
         if isinstance(phrases, Sequence | np.ndarray) and not isinstance(phrases, str):
             own = tuple(
                 tuple(x) if isinstance(x, list | np.ndarray) and np.ndim(x) else x for x in phrases
@@ -192,7 +193,7 @@ class ForceFirst:
       token: its id.
     """
 
-    token: ArrayLike
+    token: int | Array
 
     def check(self, vocab_size: int, batch: int) -> None:
         """Raises ValueError unless it is an id of the vocabulary."""

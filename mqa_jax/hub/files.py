@@ -205,8 +205,8 @@ def _read_index(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{name} is in {file}, but by {path.name} it is {where}")
             found[name] = tensor
     if missing := [name for name in places if name not in found]:
-        shard = path.with_name(places[missing[0]])
-        raise ValueError(f"{missing[0]} is not in {shard}, where {path.name} has it")
+        file = path.with_name(places[missing[0]])
+        raise ValueError(f"{missing[0]} is not in {file}, where {path.name} has it")
     return found
 
 

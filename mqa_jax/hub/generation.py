@@ -77,8 +77,10 @@ _ONE_ID = dict(
     forced_eos_id="forced_eos_token_id",
 )
 _SOME_IDS = dict(eos_ids="eos_token_id", suppressed="suppress_tokens")
-_COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "top_k")
-_COUNTS += ("no_repeat_ngram_size",)
+_COUNTS = (
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens"),
+    *("num_beams", "top_k", "no_repeat_ngram_size"),
+)
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _FLAGS = dict(renormalize="renormalize_logits", do_sample="do_sample")
 

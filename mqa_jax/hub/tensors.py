@@ -94,7 +94,8 @@ def stored_weights(
     Raises:
       ValueError: the family has no name for a weight.
     """
-    names, fused = family.names(config), {}
+    names = family.names(config)
+    fused: dict[str, dict[str, tuple[int, ...]]] = {}
     for path in sorted(shapes, key=_order):
         fused.setdefault(_name(family, names, path), {})[path] = shapes[path]
     return {name: _stored(family, name, weights) for name, weights in fused.items()}

@@ -88,6 +88,11 @@ def test_halves_of_an_odd_head_raise():
         mqa_jax.Attention(D, N, 1, 5, rope=Rope(), rngs=nnx.Rngs(0))
 
 
+def test_of_two_buckets_one_is_the_querys_own():
+    bias = RelativeBias(N, num_buckets=2, distance=3, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(bias.buckets(jnp.array([1, 0, -1, -2, -9])), [0, 0, 1, 1, 1])
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_relative_buckets(bidirectional):
     """Of (Raffel et al. 2020): 4 distances have buckets of their own, 4 ranges the others."""
