@@ -171,6 +171,7 @@ def test_every_config_makes_sense(module):
         assert remarks(config) == []
 
 
+@pytest.mark.slow
 def test_a_language_model_of_ones_own(tmp_path):
     rng = random.Random(0)
     for stem, count in (("train", 300), ("validation", 9)):

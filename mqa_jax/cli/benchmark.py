@@ -101,7 +101,7 @@ def measure(args: flags.FlagValues, configs: dict[str, ConfigDict], sizes: dict)
 
     costs = benchmark.sweep(
         {
-            variant: (MODELS[config.task], TransformerConfig(**config.model))
+            variant: (MODELS[config.task], TransformerConfig(**config.model.to_dict()))
             for variant, config in configs.items()
         },
         searches=args.searches,

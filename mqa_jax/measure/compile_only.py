@@ -332,7 +332,7 @@ def decode(
         names, configs.items(), batch_sizes, context_lengths
     ):
         mesh = make_mesh(**config.mesh, devices=topology.devices)
-        size = TransformerConfig(**config.model)
+        size = TransformerConfig(**config.model.to_dict())
         size = dataclasses.replace(
             size,
             dtype=dtype or size.dtype,

@@ -129,6 +129,8 @@ class TransformerConfig:
         # As they come from a config file.
         if isinstance(self.rope, Mapping):
             object.__setattr__(self, "rope", _rope(self.rope))
+        if not isinstance(self.rope, Rope):
+            raise ValueError(f"rope must be a Rope, or a mapping of its fields, not {self.rope!r}")
         for name in ("window", "bias"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))

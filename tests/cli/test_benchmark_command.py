@@ -12,6 +12,7 @@ from running import ROOT, TINY, behind, command, run_well
 from mqa_jax.cli import main
 
 
+@pytest.mark.slow
 def test_benchmark_needs_jax_and_flax_alone(tmp_path):
     # Not to be found, as where they are not installed. Flax itself wants optax and msgpack.
     absent = ("grain", "orbax", "sentencepiece", "tensorflow_datasets", "sacrebleu", "tensorboardX")
@@ -82,6 +83,7 @@ def test_a_benchmark_that_cannot_be_is_refused(args, reason, tmp_path, monkeypat
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.slow
 def test_a_quick_benchmark_is_small_where_no_flag_says_otherwise(tmp_path):
     options = ["--benchmark", "--quick", *TINY[:7], "--context_lengths=11,13", "--output_dir=out"]
     run_well(ROOT / "decode.py", *options, cwd=tmp_path)

@@ -25,6 +25,7 @@ def test_training_reports_progress_and_leaves_what_decoding_needs(project):
     assert {"loss", "ln_perplexity", "bleu"} <= validation.keys()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_losses(project):
     # Steps 1 to 3 are in a checkpoint; the kill comes somewhere behind it.
     with Running(project, "killed") as killed:

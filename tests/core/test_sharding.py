@@ -223,7 +223,9 @@ def test_gradients_of_sharded_weights_are_the_same(make):
     ],
 )
 @pytest.mark.parametrize("num_kv_heads", [1, 8])
-@pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(EncoderDecoder, marks=pytest.mark.slow), DecoderOnly]
+)
 def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, make, sizes):
     config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=num_kv_heads, max_length=16)
     graphdef, params = nnx.split(model_type(config, rngs=nnx.Rngs(3)))

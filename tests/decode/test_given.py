@@ -30,30 +30,54 @@ def merged(model, params):
     return nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, params))
 
 
-def next_log_probs(model, prompt, answer):
-    """`[V]`, by a full forward pass: what follows an answer that has begun."""
+def logits_of(model, source_S, length, inputs_RT):
+    """`[R, T, V]`, by a full forward pass; a language model's inputs begin with the prompt."""
     if isinstance(model, DecoderOnly):
-        logits_TV = model(jnp.array([[*prompt, *answer]]))[0]
-    else:
-        logits_TV = model(jnp.array([prompt]), jnp.array([[BOS, *answer]]))[0]
-    return np.asarray(jax.nn.log_softmax(logits_TV[-1].astype(jnp.float32)))
+        return model(inputs_RT)
+    rows = inputs_RT.shape[0]
+    is_source_S = (jnp.arange(source_S.size) < length).astype(jnp.int32)
+    return model(
+        jnp.broadcast_to(source_S[None], (rows, source_S.size)),
+        inputs_RT,
+        source_segment_ids=jnp.broadcast_to(is_source_S[None], (rows, source_S.size)),
+        target_segment_ids=jnp.ones_like(inputs_RT),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_probs_of(graphdef, params, source_S, length, inputs_T):
+    logits_TV = logits_of(nnx.merge(graphdef, params), source_S, length, inputs_T[None])[0]
+    return jax.nn.log_softmax(logits_TV.astype(jnp.float32))
+
+
+def padded(ids):
+    return np.array([*ids, *[0] * (MAX_LENGTH - len(ids))], np.int32)
+
+
+def expected_scores(model, params, prompt, answer):
+    """The log-probability of each id of an answer."""
+    before = prompt if isinstance(model, DecoderOnly) else [BOS]
+    inputs_T = padded([*before, *answer[:-1]])
+    log_prob_TV = log_probs_of(
+        nnx.graphdef(model), params, padded(prompt), np.int32(len(prompt)), inputs_T
+    )
+    at = np.arange(len(answer)) + len(before) - 1
+    return np.asarray(log_prob_TV)[at, np.array(answer)]
 
 
 @both_models
 def test_scores_of_given_answers(model_type):
     """Of several lengths, one of them alone in its bucket, and one up to the last position."""
     model, params = make_model(model_type)
-    generator, whole = make_generator(model, greedy), merged(model, params)
-    answers = [[4, 6, 2], [7], [3, 5, 5, 12, 2], [*range(3, 13)] * 3]
+    generator = make_generator(model, greedy)
+    longest = MAX_LENGTH - (model_type is DecoderOnly) * len(PROMPTS[2])
+    answers = [[4, 6, 2], [7], [*range(3, 13)] * 4, [3, 5, 5, 12, 2]]
+    answers[2] = answers[2][:longest]
     scores = dict(generator.score(params, PROMPTS, answers))
     assert sorted(scores) == [0, 1, 2, 3]
     for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
-        expected = [next_log_probs(whole, prompt, answer[:at])[id] for at, id in enumerate(answer)]
+        expected = expected_scores(model, params, prompt, answer)
         np.testing.assert_allclose(scores[i], expected, rtol=1e-4, atol=1e-4)
-    longest = MAX_LENGTH - (model_type is DecoderOnly) * len(PROMPTS[2])
-    [(_, last)] = generator.score(params, PROMPTS[2:3], [[5] * longest])
-    expected = next_log_probs(whole, PROMPTS[2], [5] * (longest - 1))[5]
-    np.testing.assert_allclose(last[-1], expected, rtol=1e-4, atol=1e-4)
 
 
 @both_models
@@ -62,48 +86,48 @@ def test_the_scores_of_tokens_are_those_of_the_same_answer_given(model_type, nam
     model, params = make_model(model_type)
     search = functools.partial(SEARCHES[name], token_scores=True)
     keys = jax.random.split(jax.random.key(0), len(PROMPTS)) if name == "sample" else None
-    generator, checked = make_generator(model, search), 0
+    generator, found = make_generator(model, search), []
     for i, decoded in generator(params, PROMPTS, keys):
-        tokens = decoded.tokens.reshape(-1, 6)
-        scores = decoded.token_scores.reshape(-1, 6)
+        tokens, scores = decoded.tokens.reshape(-1, 6), decoded.token_scores.reshape(-1, 6)
         for ids, length, own in zip(tokens, decoded.length.reshape(-1), scores, strict=True):
-            [(_, given)] = generator.score(params, [PROMPTS[i]], [ids[:length]])
-            np.testing.assert_allclose(own[:length], given, rtol=1e-4, atol=1e-4)
+            found.append((PROMPTS[i], ids[:length], own[:length]))
             assert not np.any(own[length:])
-            checked += 1
-    assert checked == len(PROMPTS) * (3 if name == "beam_search" else 1)
+    assert len(found) == len(PROMPTS) * (3 if name == "beam_search" else 1)
+    prompts, answers, scores = zip(*found, strict=True)
+    for i, given in generator.score(params, prompts, answers):
+        np.testing.assert_allclose(scores[i], given, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_translation_that_has_begun(name):
     """As if the search were at that place: each row behind a prefix of its own, one of none."""
     model, params = make_model(EncoderDecoder)
-    whole = merged(model, params)
     prefixes = [[4, 6], [], [9, 3, 3, 12, 5], [7]]
     keys = jax.random.split(jax.random.key(0), len(PROMPTS)) if name == "sample" else None
     search = SEARCHES[name]
     generator = make_generator(model, search)
     decoded = dict(generator(params, PROMPTS, keys, prefixes=prefixes))
     assert sorted(decoded) == [0, 1, 2, 3]
-    plain = dict(generator(params, PROMPTS, keys))
-    np.testing.assert_array_equal(decoded[1].tokens, plain[1].tokens)
-    assert np.any(decoded[0].tokens != plain[0].tokens)
-    for i, (prompt, prefix) in enumerate(zip(PROMPTS, prefixes, strict=True)):
 
-        def step_fn(tokens_R, cache, prompt=prompt):
+    @jax.jit
+    def run(params, source_S, length, history_T, prefix_length, key):
+        model_in = nnx.merge(nnx.graphdef(model), params)
+
+        def step_fn(tokens_R, cache):
             history_RT, at_R = cache["history"], cache["length"]
             rows_R = jnp.arange(tokens_R.shape[0])
             history_RT = history_RT.at[rows_R, at_R].set(tokens_R)
-            source = jnp.broadcast_to(jnp.array([prompt]), (rows_R.size, len(prompt)))
-            logits_RTV = whole(source, history_RT)
+            logits_RTV = logits_of(model_in, source_S, length, history_RT)
             return logits_RTV[rows_R, at_R], {"history": history_RT, "length": at_R + 1}
 
-        target = [BOS, *prefix]
-        history = jnp.zeros((1, 20), jnp.int32).at[0, : len(target)].set(jnp.array(target))
-        cache = {"history": history, "length": jnp.array([len(prefix)])}
-        options = {} if keys is None else {"key": keys[i : i + 1]}
-        run = functools.partial(search, step_fn, max_new_tokens=6, **options)
-        expected = jax.jit(run)(cache, jnp.array(target[-1:]))
+        cache = {"history": history_T[None], "length": prefix_length[None]}
+        options = {} if key is None else {"key": key[None]}
+        return search(step_fn, cache, history_T[prefix_length][None], max_new_tokens=6, **options)
+
+    for i, (prompt, prefix) in enumerate(zip(PROMPTS, prefixes, strict=True)):
+        lengths = np.int32(len(prompt)), padded([BOS, *prefix]), np.int32(len(prefix))
+        key = None if keys is None else keys[i]
+        expected = run(params, padded(prompt), *lengths, key)
         np.testing.assert_array_equal(decoded[i].tokens, expected.tokens[0])
         np.testing.assert_array_equal(decoded[i].length, expected.length[0])
         if name == "beam_search":
@@ -115,8 +139,9 @@ def test_a_prefix_up_to_the_last_position():
     generator = make_generator(model, greedy)
     [(_, decoded)] = generator(params, [[5]], prefixes=[[4] * (MAX_LENGTH - 1)])
     assert decoded.length == 1
-    expected = np.argmax(next_log_probs(merged(model, params), [5], [4] * (MAX_LENGTH - 1)))
-    assert decoded.tokens[0] == expected
+    last = [4] * (MAX_LENGTH - 1)
+    scores = [expected_scores(model, params, [5], [*last, id])[-1] for id in range(13)]
+    assert decoded.tokens[0] == np.argmax(scores)
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -63,6 +63,7 @@ def test_a_run_goes_on_with_other_devices(project):
     assert losses(stopped.workdir) == pytest.approx(losses(project / "run"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_kills_at_once(project):
     """As when the step, or the checkpoint, takes longer than one would wait."""
     with Running(project, "twice", setup=SLOWLY.replace("0.3", "i > 0 and 3600")) as killed:
@@ -73,6 +74,7 @@ def test_a_second_interrupt_kills_at_once(project):
         assert killed.processes[0].poll() == -signal.SIGINT, killed.output()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_nothing_claims_to_be_saved(project):
     limit = 16_384  # bytes a file: enough for all but a checkpoint's arrays
     full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
@@ -87,6 +89,7 @@ def test_a_full_disk_ends_the_run_and_nothing_claims_to_be_saved(project):
     assert losses(project / "full") == losses(project / "run")
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_logged_and_the_run_goes_on(project):
     with Running(project, "skipped", setup=BAD_BATCHES % {1, 2, 4}) as skipped:
         assert skipped.exit_codes() == [0], skipped.output()

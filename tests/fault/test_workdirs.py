@@ -37,6 +37,7 @@ def refused(directory, workdir, *overrides, reason, devices=1):
     return result
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_may_be_tried_again_in_another_way(project):
     """Before there is data, and in the first step: each with another config than the last."""
     other = ["--config.data.vocab_size=3000", "--config.model.vocab_size=3000"]
@@ -50,6 +51,7 @@ def test_a_start_that_fails_may_be_tried_again_in_another_way(project):
     assert losses(project / "tried") == losses(project / "run")
 
 
+@pytest.mark.slow
 def test_what_decides_nothing_may_change_on_the_way(project, tmp_path, gate):
     """Logs, checkpoints, evaluation, mesh, and where the same data lies. Meanwhile it is locked."""
     workdir = project / "changed"

@@ -18,7 +18,9 @@ from mqa_jax import (
     KVCache,
     MultiHeadAttention,
     MultiQueryAttention,
+    RelativeBias,
     RingCache,
+    Rope,
     ShardingRules,
     TransformerConfig,
     beam_search,
@@ -52,7 +54,9 @@ def modules(x_BTD: Array, memory_BSD: Array) -> Array:
         Block(MultiHeadAttention(512, num_heads=8, window=32, dtype=jnp.bfloat16, rngs=rngs)),
         Block(GroupedQueryAttention(512, num_heads=8, num_kv_heads=2, rngs=rngs)),
         Block(Attention(512, 8, 2, 64, dropout_rate=0.1, param_dtype="bfloat16", rngs=rngs)),
+        Block(Attention(512, 8, 2, 64, rope=Rope(theta=1e6), qk_norm=True, rngs=rngs)),
     ]
+    x_BTD = blocks[1].attention(x_BTD, bias=RelativeBias(8, distance=64, rngs=rngs))
     for block in blocks:
         x_BTD = block(x_BTD)
     return blocks[0].attention(
