@@ -63,11 +63,12 @@ class Copier(LineDecoder):
         super().__init__(model, Bytes(), **options)
         self.calls, self.continuation = [], Bytes().encode(CONTINUATION)[1:]
 
-    def _decode(self, params, prompt_BP, lengths_B, keys_B, limit):
-        rows = [row[:length].tolist() for row, length in zip(prompt_BP, lengths_B, strict=True)]
-        self.calls.append((rows, keys_B))
+    def _decode(self, params, batch):
+        prompts = zip(batch.given["prompt_BP"], batch.given["lengths_B"], strict=True)
+        rows = [row[:length].tolist() for row, length in prompts]
+        self.calls.append((rows, batch.keys))
         outputs = rows
-        if not self._is_translation:
+        if not self._batcher.is_translation:
             outputs = [self.continuation for _ in rows]
         tokens = np.zeros((len(rows), max(map(len, outputs))), np.int32)
         for row, output in zip(tokens, outputs, strict=True):
