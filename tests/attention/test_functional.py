@@ -92,7 +92,13 @@ def inputs(kv_heads, keys, dtype="float32"):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "dtype"), [(6, "float32"), (3, "float32"), (1, "float32"), (1, "bfloat16")]
+    ("kv_heads", "dtype"),
+    [
+        pytest.param(6, "float32", marks=pytest.mark.slow),
+        (3, "float32"),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_equal_loops_and_jax_nn(case, kv_heads, dtype):

@@ -148,6 +148,7 @@ def _kernel_everywhere(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("window", [None, 3])
 def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, window, _kernel_everywhere):
@@ -162,6 +163,7 @@ def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, window, _ker
     assert _kernel_everywhere
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_kernel_everywhere")
 def test_beams_and_memories_go_through_the_kernel():
     attention = mqa_jax.MultiQueryAttention(12, 4, H, rngs=nnx.Rngs(0))
@@ -259,6 +261,7 @@ print("jax.experimental.pallas" in sys.modules)
     assert (result.stdout, result.returncode) == ("False\n", 0), result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gradient_is_that_of_plain_attention(_kernel_everywhere, monkeypatch, compiled):
     step, (params, x, cache) = decode_step()
@@ -274,6 +277,7 @@ def test_a_gradient_is_that_of_plain_attention(_kernel_everywhere, monkeypatch, 
     assert np.any(got[1] != 0)
 
 
+@pytest.mark.slow
 def test_vmap_adds_rows(_kernel_everywhere):
     step, (params, x, cache) = decode_step()
     more = jnp.stack([x, 2 * x, x - 1])
@@ -295,6 +299,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis_type", "is_set", "axes", "kv_heads", "local"),
     [(AxisType.Auto, False, *case) for case in MESHES]
@@ -337,6 +342,7 @@ def test_what_xla_would_have_to_take_apart_is_plain_attention(lowered_kernels):
     assert not lowered_kernels
 
 
+@pytest.mark.slow
 def test_within_a_shard_map_of_ones_own(lowered_kernels):
     step, arguments = decode_step()
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))

@@ -15,7 +15,7 @@ from mqa_jax.attention import functional
 
 B, T, S, N, H, D = 2, 7, 11, 6, 5, 13
 KV_HEADS = (3, 1)
-NOT_FINITE = (np.nan, np.inf)
+NOT_FINITE = (np.nan, pytest.param(np.inf, marks=pytest.mark.slow))
 
 
 def module(kv_heads=3, **kwargs):
@@ -92,8 +92,8 @@ def test_a_query_that_is_not_finite_stays_alone():
     # The last is finite, and keys and values of it are not.
     [
         (np.nan, "float32"),
-        (np.inf, "float32"),
-        (np.nan, "bfloat16"),
+        pytest.param(np.inf, "float32", marks=pytest.mark.slow),
+        pytest.param(np.nan, "bfloat16", marks=pytest.mark.slow),
         (6e4, "float16"),
     ],
 )

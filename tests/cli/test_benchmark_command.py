@@ -42,6 +42,7 @@ def test_benchmark_needs_jax_and_flax_alone(tmp_path):
     assert [path.stem for path in (tmp_path / "out").glob("*.png")] == ["roofline"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
     args = [*TINY[:7], "--batch_sizes=2,3", "--context_lengths=11,13,17,19", "--output_dir=out"]
     process = subprocess.Popen(

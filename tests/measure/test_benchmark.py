@@ -127,6 +127,7 @@ def test_a_step_alone_is_one_of_as_many_calls(monkeypatch):
     assert calls == ["prefill", "decode", *["step"] * 4]
 
 
+@pytest.mark.slow
 def test_dtypes_are_those_of_the_configs_or_those_asked_for():
     local = dataclasses.replace(CONFIG, dtype="bfloat16", window=3)
     models = CONTINUE | {"local": (DecoderOnly, local)}

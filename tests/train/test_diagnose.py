@@ -8,7 +8,14 @@ from stepping import GRADIENT_DESCENT, begin, both_tasks, mesh_of, put, random_b
 from mqa_jax.train.diagnose import make_diagnosis
 
 
-@pytest.mark.parametrize("sizes, accumulate", [((1, 1, 1), 1), ((1, 1, 1), 2), ((2, 2, 2), 1)])
+@pytest.mark.parametrize(
+    "sizes, accumulate",
+    [
+        ((1, 1, 1), 1),
+        pytest.param((1, 1, 1), 2, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 1, marks=pytest.mark.slow),
+    ],
+)
 @both_tasks
 def test_the_row_with_an_id_outside_the_vocabulary(task, sizes, accumulate):
     model, state = begin(task, GRADIENT_DESCENT, sizes)

@@ -198,6 +198,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_position(optimizer):
     assert float(metrics["skipped"]) == 0 and np.isfinite(float(metrics["loss"]))
 
 
+@pytest.mark.slow
 def test_parts_of_bfloat16_weights_add_up_in_float32():
     """512 parts of one row each: in bfloat16 the sum of the gradients would stop growing."""
     rows, changes = 512, dict(param_dtype="bfloat16", vocab_size=22)

@@ -30,6 +30,7 @@ from mqa_jax.train.step import (
 )
 
 
+@pytest.mark.slow
 @both_tasks
 def test_evaluation_is_split_as_training_is(task):
     sums = {}
@@ -91,6 +92,7 @@ def test_the_loss_curve_is_that_of_one_device(task, num_kv_heads, sizes):
     np.testing.assert_allclose(actual, expected, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_activations_are_split_as_the_batch_is_and_not_as_the_weights():
     """Else XLA exchanges activations between a split of rows and one of the model dim."""
     sizes = (1, 8, 1)
