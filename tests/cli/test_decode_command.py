@@ -42,35 +42,35 @@ def decode(project, *args):
     return main(["decode", f"--workdir={project}/run", *map(str, args)])
 
 
-def test_n_best_outputs_and_scores_of_given_ones(project, tmp_path, capsys):
+def test_n_best_outputs_and_scores_of_given_ones(project, tmp_path, capfd):
     """A score is what the n-best list has, times the penalty of the length, for an ended output."""
     source = project / "test_2016_flickr.en"
     beams = ["--beam_size=3", "--beam_rules=transformers", "--alpha=0", "--max_new_tokens=40"]
     assert decode(project, f"--input={source}", "--n_best=2", *beams) == 0
-    rows = [line.split(" ||| ") for line in capsys.readouterr().out.splitlines()]
+    rows = [line.split(" ||| ") for line in capfd.readouterr().out.splitlines()]
     assert [number for number, _, _ in rows] == [str(i) for i in range(6) for _ in range(2)]
     best = rows[::2]
     for (_, _, first), (_, _, second) in zip(best, rows[1::2], strict=True):
         assert float(first) >= float(second)
     assert decode(project, f"--input={source}", *beams) == 0
-    assert capsys.readouterr().out.splitlines() == [text for _, text, _ in best]
+    assert capfd.readouterr().out.splitlines() == [text for _, text, _ in best]
     given = tmp_path / "given"
     given.write_text("".join(text + "\n" for _, text, _ in best))
     assert decode(project, f"--input={source}", f"--reference={given}", "--score") == 0
-    scores = list(map(float, capsys.readouterr().out.splitlines()))
+    scores = list(map(float, capfd.readouterr().out.splitlines()))
     assert len(scores) == 6 and all(score < 0 for score in scores)
 
 
-def test_rules_and_stops(project, tmp_path, capsys):
+def test_rules_and_stops(project, tmp_path, capfd):
     source = project / "test_2016_flickr.en"
     assert decode(project, f"--input={source}", "--max_new_tokens=30") == 0
-    plain = capsys.readouterr().out.splitlines()
+    plain = capfd.readouterr().out.splitlines()
     letter = max("".join(plain), key="".join(plain).count)
     assert decode(project, f"--input={source}", "--max_new_tokens=30", f"--stop={letter}") == 0
-    assert capsys.readouterr().out.splitlines() == [text.split(letter)[0] for text in plain]
+    assert capfd.readouterr().out.splitlines() == [text.split(letter)[0] for text in plain]
     rules = ["--repetition_penalty=1.5", "--no_repeat_ngram=1", "--min_new_tokens=5"]
     assert decode(project, f"--input={source}", "--max_new_tokens=30", *rules) == 0
-    assert capsys.readouterr().out.splitlines() != plain
+    assert capfd.readouterr().out.splitlines() != plain
 
 
 def test_decode_refuses_a_line_without_room(project, tmp_path, capsys):

@@ -32,7 +32,7 @@ def keys_of(name):
 
 
 @both_models
-@pytest.mark.parametrize("name", ["greedy", "sample"])
+@pytest.mark.parametrize("name", ["greedy", pytest.param("sample", marks=pytest.mark.slow)])
 def test_pieces_are_the_answers(model_type, name):
     model, params = make_model(model_type)
     search = functools.partial(SEARCHES[name], rules=[RepetitionPenalty(1.2)])
@@ -70,6 +70,7 @@ def test_the_first_piece_comes_before_the_last_step(model_type):
     assert generator.stats.steps == NEW
 
 
+@pytest.mark.slow
 @both_models
 @pytest.mark.parametrize("name", SEARCHES)
 def test_an_answer_ends_at_a_string(model_type, name):
@@ -81,7 +82,8 @@ def test_an_answer_ends_at_a_string(model_type, name):
     whole = [plain[i].tokens.reshape(-1, NEW)[0] for i in range(len(PROMPTS))]
     texts = [letters(ids[: plain[i].length.flat[0]].tolist()) for i, ids in enumerate(whole)]
     # Two letters of an answer, and what no answer has.
-    strings = [max(texts, key=len)[4:6], "zz"]
+    longest = max(texts, key=len)
+    strings = [longest[len(longest) // 3 :][:2], "zz"]
     assert any(strings[0] in text for text in texts)
     generator = make_generator(model, search, stop=Stop(strings, letters))
     ended = 0
