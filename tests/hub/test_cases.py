@@ -4,7 +4,9 @@ They are larger than those of this folder and not part of it, so that they are s
 are not found.
 """
 
+import dataclasses
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mqa_jax.decode.beam import TRANSFORMERS, beam_search
 from mqa_jax.decode.generate import Generator
+from mqa_jax.decode.rules import Forbid, ForceLast, Normalize
 from mqa_jax.decode.search import greedy
 from mqa_jax.hub import load, read_config, save
 from mqa_jax.hub.load import weights_by_path
@@ -91,6 +95,50 @@ def test_greedy_tokens_are_those_of_transformers(name):
     with jax.default_matmul_precision("highest"):
         found = generator.tokens(nnx.state(pretrained.model), prompts)
     assert found == expected["greedy"].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASE_NAMES)
+def test_beams_are_those_of_transformers(name):
+    """All of its hypotheses, in every setting that there is."""
+    pretrained, expected = load(CASES / name), expected_of(name)
+    settings = json.loads((CASES / name / "meta.json").read_text())
+    lengths = expected["attention_mask"].sum(1)
+    prompts = [ids[:n].tolist() for ids, n in zip(expected["input_ids"], lengths, strict=True)]
+    for setting in sorted(key for key in settings if key.startswith("beam_")):
+        asked = settings[setting]
+        rules = [Forbid(words)] if (words := asked.get("bad_words_ids")) else []
+        if (end := asked.get("forced_eos_token_id")) is not None:
+            rules.append(ForceLast(end))
+        if asked.get("renormalize_logits"):
+            rules.append(Normalize())
+        search = functools.partial(
+            beam_search,
+            beam_size=4,
+            alpha=asked["length_penalty"],
+            eos_id=asked.get("eos_token_id"),
+            rules=rules,
+            beam_rules=dataclasses.replace(TRANSFORMERS, early_stopping=asked["early_stopping"]),
+        )
+        generator = Generator(
+            pretrained.model,
+            search=search,
+            batch_size=len(prompts),
+            bos_id=pretrained.generation.decoder_start_id or 0,
+            max_new_tokens=asked["max_new_tokens"],
+        )
+        with jax.default_matmul_precision("highest"):
+            found = dict(generator(nnx.state(pretrained.model), prompts))
+        for i in range(len(prompts)):
+            wanted, length = expected[f"{setting}_tokens"][i], expected[f"{setting}_lengths"][i]
+            np.testing.assert_array_equal(found[i].length, length, err_msg=setting)
+            for hypothesis in range(4):
+                own = found[i].tokens[hypothesis, : length[hypothesis]]
+                theirs = wanted[hypothesis, : length[hypothesis]]
+                np.testing.assert_array_equal(own, theirs, err_msg=setting)
+            np.testing.assert_allclose(
+                found[i].score, expected[f"{setting}_scores"][i], rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", CASE_NAMES)
