@@ -14,10 +14,18 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mqa_jax import Decoded, DecoderOnly, EncoderDecoder, TransformerConfig, greedy
+from mqa_jax import (
+    Decoded,
+    DecoderOnly,
+    EncoderDecoder,
+    TransformerConfig,
+    beam_search,
+    greedy,
+)
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.decode import lines as module
 from mqa_jax.decode.lines import LineDecoder
+from mqa_jax.decode.rules import Forbid
 
 BOS, EOS, FIRST = 1, 2, 3
 MAX_LENGTH = 17
@@ -200,3 +208,55 @@ def test_what_a_line_draws_is_its_own_and_so_is_what_a_part_draws(make_keys):
     assert drawn["a"] == data(keys[0]) and drawn["b"] == data(keys[3])
     assert drawn["One two."] == data(keys[1])
     assert len({*drawn.values()}) == len(drawn) > 4
+
+
+def test_n_best_outputs_of_lines():
+    """As many as there are, best first; the first is the output."""
+    model = make_model(EncoderDecoder, MAX_LENGTH)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: rng.normal(scale=0.5, size=x.shape).astype(np.float32), nnx.state(model)
+    )
+    # Those that are no bytes.
+    rules = [Forbid([0, *range(FIRST + 256, 300)])]
+    search = functools.partial(beam_search, beam_size=3, eos_id=EOS, rules=rules)
+    options = dict(search=search, batch_size=2, bos_id=BOS, max_new_tokens=4)
+    decoder = LineDecoder(model, Bytes(), **options)
+    lines = ["fünf", "", "six", "a"]
+    answers = list(decoder.n_best(params, lines))
+    assert [len(outputs) for outputs in answers] == [3, 0, 3, 3]
+    best = list(decoder.texts(params, lines))
+    assert [outputs[0][0] if outputs else "" for outputs in answers] == best
+    for outputs in filter(None, answers):
+        scores = [score for _, score in outputs]
+        assert scores == sorted(scores, reverse=True) and len({*scores}) == 3
+    for on_long in ("split", "trim"):
+        with pytest.raises(ValueError, match=f"on_long '{on_long}' is not one of error, skip, cut"):
+            decoder.n_best(params, lines, on_long=on_long)
+
+
+@pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
+def test_scores_of_lines(model_type):
+    """A text is scored with its end, behind a line as it would follow it."""
+    model, seen = make_model(model_type, MAX_LENGTH), []
+
+    class Recorder(LineDecoder):
+        def _scores(self, params, batches, name):
+            seen.extend(batches)
+            return iter(())
+
+    decoder = Recorder(model, Bytes(), search=greedy, batch_size=1, bos_id=BOS, max_new_tokens=4)
+    assert list(decoder.score(None, ["ab"], [" c"])) == []
+    [batch] = seen
+    prompt, answer = (
+        batch.given[ids][0, : batch.given[lengths][0]].tolist()
+        for ids, lengths in (("prompt_BP", "lengths_B"), ("answer_BT", "answer_lengths_B"))
+    )
+    encode = Bytes().encode
+    if model_type is EncoderDecoder:
+        assert (prompt, answer) == (encode("ab"), encode(" c"))
+    else:
+        # The tokenizer's own space is that of the text.
+        assert (prompt, answer) == ([BOS, *encode("ab")[:-1]], encode("c"))
+    with pytest.raises(ValueError, match="answers must be one a prompt, 2, not 1"):
+        decoder.score(None, ["a", "b"], ["c"])
