@@ -108,10 +108,7 @@ def param(
       fan_in: the size of the axes behind the outputs, all together.
       init: what draws it instead, called for the shape `[fan_in, outputs]`, as flax's are.
     """
-    shape, sharding = tuple(shape), None
-    if (placement := _placement.get()) is not None:
-        mesh, rules = placement
-        sharding = rules.sharding(mesh, axes, shape)
+    shape, sharding = tuple(shape), _sharding(axes, shape)
     if init is None:
         weight = _compiled_normal(sharding)(rngs.params(), shape, dtype, fan_in**-0.5)
     else:
@@ -125,11 +122,15 @@ def param(
 
 def zeros(axes: str, shape: Sequence[int], *, dtype: DTypeLike = jnp.float32) -> nnx.Param:
     """A bias, which begins at 0; a letter for each axis."""
-    sharding = None
-    if (placement := _placement.get()) is not None:
-        mesh, rules = placement
-        sharding = rules.sharding(mesh, axes, shape)
-    return nnx.Param(jnp.zeros(shape, dtype, device=sharding), axes=axes)
+    return nnx.Param(jnp.zeros(shape, dtype, device=_sharding(axes, shape)), axes=axes)
+
+
+def _sharding(axes: str, shape: Sequence[int]) -> NamedSharding | None:
+    """Where a weight belongs; None outside of `on_mesh`."""
+    if (placement := _placement.get()) is None:
+        return None
+    mesh, rules = placement
+    return rules.sharding(mesh, axes, shape)
 
 
 # Compiled once a shape, of which a model has few, however many its layers. (A whole model at once

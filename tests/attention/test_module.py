@@ -1,6 +1,7 @@
 """The `Attention` modules against Flax, and what they promise."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,21 @@ def test_linen_users_get_the_same_module():
     close(output, ours(x), **TOLERANCE["float32"])
     loss = jax.jit(jax.grad(lambda v: linen.apply(v, x).sum()))
     assert np.abs(loss(variables)["params"]["key"].value).max() > 0
+
+
+def test_an_initializer_is_asked_for_inputs_and_outputs():
+    """So that those of flax, which go by these, draw what they say."""
+    asked = []
+
+    def count(key, shape, dtype):
+        asked.append(shape)
+        return jnp.arange(math.prod(shape), dtype=dtype).reshape(shape)
+
+    attention = module(3, kernel_init=count)
+    assert asked == [(D, N * H), (D, 3 * H), (D, 3 * H), (N * H, D)]
+    # Input `d` of output `o` is `d * O + o`; the weights have the outputs first.
+    close(attention.query[1, 2], np.arange(D) * N * H + 1 * H + 2, rtol=0, atol=0)
+    close(attention.out[4].ravel(), np.arange(N * H) * D + 4, rtol=0, atol=0)
 
 
 def test_dropout_zeroes_or_scales_each_weight_where_rngs_are_given():
