@@ -1,22 +1,32 @@
-"""One decode step of the paper's encoder-decoder on a CPU: this project beside its peers.
+"""One decode step on a CPU: this project beside its peers.
 
-    pip install --editable ".[plot]" torch==2.13.0 transformers ctranslate2
-    python benchmarks/peers.py [--output=FILE] [--peers_python=PATH]
+    pip install --editable ".[plot,hub]" torch==2.13.0 transformers ctranslate2
+    python benchmarks/peers.py [--model=t5_base] [--output=FILE] [--peers_python=PATH]
 
-The same work for everyone: 6 + 6 layers, d_model 1024, d_ff 4096, 8 heads of 128, a vocabulary of
-32,000, random weights, 128 source tokens; what is timed is the 32 steps behind 128 decoded tokens,
-greedily and with a beam of 4. All contestants have all cores, one at a time; they take turns for
-`--rounds` rounds, and each figure is the median over the rounds.
+The same work for everyone, with random weights. All contestants have all cores, one at a time; they
+take turns for `--rounds` rounds, and each figure is the median over the rounds. With --model=paper,
+the default, that is the paper's encoder-decoder: 6 + 6 layers, d_model 1024, d_ff 4096, 8 heads of
+128, a vocabulary of 32,000, 128 source tokens; what is timed is the 32 steps behind 128 decoded
+tokens, greedily and with a beam of 4.
 
   ours           `greedy` and `beam_search` over `EncoderDecoder`, one jitted loop
   transformers   T5 of that size, greedily, a loop over `model(...)` with its own cache
   ctranslate2    its Transformer, the time to 160 tokens less the time to 128
+
+Any other --model is a size of a family of the hub: one directory, which transformers writes and all
+read. A prompt of 512 tokens, or a source of 128; a step is the time to 33 tokens behind it less the
+time to the first, over 32.
+
+  ours           `hub.load` and `generate`, jitted
+  transformers   `generate`, with its dynamic cache and with its static one
+  ctranslate2    its converter, and `generate_batch` or `translate_batch`
 
 `--peers_python` is the interpreter to run the peers with, where they are installed apart.
 """
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -42,6 +52,48 @@ D_MODEL, D_FF, HEADS, HEAD_DIM, VOCAB = 1024, 4096, 8, 128, 32_000
 SOURCE, BEFORE, STEPS = 128, 128, 32
 EOS = 1
 
+# Sizes of models of the hub, in the words of their families' configs.
+_STARCODER = dict(model_type="gpt_bigcode", vocab_size=49_152, n_positions=8192, eos_token_id=0)
+MODELS = {
+    "tiny_starcoder": dict(_STARCODER, n_embd=768, n_head=12, n_layer=20, n_inner=3072),
+    "starcoderbase_1b": dict(_STARCODER, n_embd=2048, n_head=16, n_layer=24, n_inner=8192),
+    "t5_base": dict(
+        model_type="t5",
+        vocab_size=32_128,
+        d_model=768,
+        d_kv=64,
+        d_ff=3072,
+        num_layers=12,
+        num_heads=12,
+        decoder_start_token_id=0,
+    ),
+    "marian": dict(  # opus-mt's
+        model_type="marian",
+        vocab_size=58_101,
+        d_model=512,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_ffn_dim=2048,
+        max_position_embeddings=512,
+        activation_function="swish",
+        scale_embedding=True,
+        pad_token_id=58_100,
+        eos_token_id=0,
+        decoder_start_token_id=58_100,
+    ),
+}
+PROMPT = 512
+# Of these models there is one variant, as they are; kinds are of caches and of dtypes.
+HUB_CONTESTANTS = {
+    "ours": ("own float32", "own bfloat16"),
+    "transformers": ("dynamic float32", "static float32", "dynamic bfloat16"),
+    "ctranslate2": ("own float32",),
+}
+
+MODEL = flags.DEFINE_enum("model", "paper", ["paper", *MODELS], "What is decoded with.")
 ONLY = flags.DEFINE_list("contestants", list(CONTESTANTS), "Who takes part.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "For greedy decoding.")
 BEAM_BATCH_SIZES = flags.DEFINE_list("beam_batch_sizes", ["1", "8"], "For a beam of 4.")
@@ -49,22 +101,37 @@ ROUNDS = flags.DEFINE_integer("rounds", 2, "How often they take turns.", lower_b
 LAYERS = flags.DEFINE_integer("layers", 6, "Fewer, to try this out.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "Where to write the figures as JSON.")
 PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "Interpreter of the peers.")
+DIRECTORY = flags.DEFINE_string("directory", None, "Used inside: the model's.")
 WORKER = flags.DEFINE_string("worker", None, "Used inside: measure this contestant, print JSON.")
 
 Run = Callable[[], float]  # Decodes; the seconds that one step took. Warm when it is returned.
 
 
 def main(_) -> None:
+    if WORKER.value == "write":
+        write_model(Path(DIRECTORY.value))
+        return
     if WORKER.value:
         print(json.dumps(measure(*WORKER.value.split())))
         return
-    records, workers = [], [(name, kind) for name in ONLY.value for kind in CONTESTANTS[name]]
+    kinds = CONTESTANTS if MODEL.value == "paper" else HUB_CONTESTANTS
+    records, workers = [], [(name, kind) for name in ONLY.value for kind in kinds[name]]
+    with tempfile.TemporaryDirectory() as directory:
+        # The same flags; of one given twice, the last one counts.
+        arguments = [*sys.argv, f"--directory={directory}"]
+        if MODEL.value != "paper":
+            subprocess.run([PEERS_PYTHON.value, *arguments, "--worker=write"], check=True)
+        take_turns(workers, arguments, records)
+    print_table(summary(records))
+
+
+def take_turns(workers: list[tuple[str, str]], arguments: list[str], records: list[dict]) -> None:
+    """Adds what is measured to `records`."""
     try:
         for _ in range(ROUNDS.value):
             for name, kind in workers:
                 python = sys.executable if name == "ours" else PEERS_PYTHON.value
-                # The same flags; of one given twice, the last one counts.
-                command = [python, *sys.argv, f"--worker={name} {kind}"]
+                command = [python, *arguments, f"--worker={name} {kind}"]
                 result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if result.returncode:
                     print(f"{name} {kind} failed, see above; it needs {name} installed")
@@ -74,7 +141,6 @@ def main(_) -> None:
                 print(f"{name} {kind}: done", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: what was measured so far follows", file=sys.stderr)
-    print_table(summary(records))
 
 
 def write(records: list[dict]) -> None:
@@ -87,12 +153,14 @@ def write(records: list[dict]) -> None:
 
 def measure(name: str, variant: str, dtype: str) -> list[dict]:
     """All settings of one contestant, in this process."""
-    prepare = {"ours": ours, "transformers": transformers_t5, "ctranslate2": ctranslate2_model}[
-        name
-    ]
-    model = prepare(variant, dtype)
+    is_paper = MODEL.value == "paper"
+    if is_paper:
+        prepares = dict(ours=ours, transformers=transformers_t5, ctranslate2=ctranslate2_model)
+    else:
+        prepares = dict(ours=hub_ours, transformers=hub_transformers, ctranslate2=hub_ctranslate2)
+    model = prepares[name](variant, dtype)
     settings = [("greedy", int(batch)) for batch in BATCH_SIZES.value]
-    if name != "transformers":
+    if is_paper and name != "transformers" or is_translation():
         settings += [("beam 4", int(batch)) for batch in BEAM_BATCH_SIZES.value]
     package = {"ours": "jax"}.get(name, name)
     records = []
@@ -103,6 +171,7 @@ def measure(name: str, variant: str, dtype: str) -> list[dict]:
                 contestant=name,
                 version=f"{package} {importlib.metadata.version(package)}",
                 python=platform.python_version(),
+                model=MODEL.value,
                 variant=variant,
                 dtype=dtype,
                 search=search,
@@ -292,6 +361,140 @@ def ctranslate2_model(variant: str, dtype: str) -> Callable[[int, int], Run]:
     return prepare
 
 
+def is_translation() -> bool:
+    return MODEL.value in ("t5_base", "marian")
+
+
+def write_model(directory: Path) -> None:
+    """A directory of the hub, of a size of `MODELS`: with random weights, and words for tokens."""
+    import tokenizers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    fields = dict(MODELS[MODEL.value])
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    kind = transformers.AutoModelForCausalLM
+    if is_translation():
+        kind = transformers.AutoModelForSeq2SeqLM
+    model = kind.from_config(config)
+    model.save_pretrained(directory)
+    words = {f"word{i}": i for i in range(config.vocab_size)}
+    words = {"</s>": 0, "<unk>": 1, "<pad>": 2} | {k: v for k, v in words.items() if v > 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    special = dict(eos_token="</s>", unk_token="<unk>", pad_token="<pad>", bos_token="</s>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(directory)
+
+
+def difference(seconds_to: Callable[[int], float], repeats: int) -> Run:
+    """Of a step, from the seconds to a number of tokens."""
+    for tokens in (1, 1 + STEPS):
+        seconds_to(tokens)
+
+    def run() -> float:
+        behind = statistics.median(seconds_to(1 + STEPS) for _ in range(repeats))
+        return (behind - statistics.median(seconds_to(1) for _ in range(repeats))) / STEPS
+
+    return run
+
+
+def hub_ours(_: str, dtype: str) -> Callable[[int, int], Run]:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from mqa_jax import beam_search, greedy, hub
+    from mqa_jax.decode.beam import TRANSFORMERS
+    from mqa_jax.decode.prompts import generate
+
+    loaded = hub.load(DIRECTORY.value, dtype=dtype)
+    graphdef, params = nnx.split(loaded.model)
+    start = loaded.generation.decoder_start_id or 0
+
+    def prepare(batch: int, beam_size: int) -> Run:
+        length = SOURCE if is_translation() else PROMPT
+        prompt, lengths = jnp.full((batch, length), 7), jnp.full(batch, length)
+        search = functools.partial(greedy, eos_id=None)
+        if beam_size > 1:
+            options = dict(beam_size=beam_size, alpha=1.0, beam_rules=TRANSFORMERS)
+            search = functools.partial(beam_search, eos_id=None, **options)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def program(params, tokens):
+            model = nnx.merge(graphdef, params)
+            options = dict(search=search, max_new_tokens=tokens, bos_id=start)
+            decoded = generate(model, prompt, lengths, **options)
+            return decoded.tokens, decoded.steps
+
+        def seconds_to(tokens: int) -> float:
+            start = time.perf_counter()
+            _, steps = jax.block_until_ready(program(params, tokens))
+            seconds = time.perf_counter() - start
+            if int(steps) != tokens:
+                raise RuntimeError(f"{int(steps)} steps were taken, not {tokens}")
+            return seconds
+
+        return difference(seconds_to, 5)
+
+    return prepare
+
+
+def hub_transformers(cache: str, dtype: str) -> Callable[[int, int], Run]:
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count())
+    kind = transformers.AutoModelForCausalLM
+    if is_translation():
+        kind = transformers.AutoModelForSeq2SeqLM
+    model = kind.from_pretrained(DIRECTORY.value, dtype=getattr(torch, dtype)).eval()
+
+    def prepare(batch: int, beam_size: int) -> Run:
+        prompt = torch.full((batch, SOURCE if is_translation() else PROMPT), 7)
+        options = dict(attention_mask=torch.ones_like(prompt), num_beams=beam_size)
+        options |= dict(do_sample=False, cache_implementation=cache)
+
+        @torch.inference_mode()
+        def seconds_to(tokens: int) -> float:
+            start = time.perf_counter()
+            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+            return time.perf_counter() - start
+
+        return difference(seconds_to, 3)
+
+    return prepare
+
+
+def hub_ctranslate2(_: str, dtype: str) -> Callable[[int, int], Run]:
+    import ctranslate2
+
+    converted = tempfile.TemporaryDirectory()
+    converter = ctranslate2.converters.TransformersConverter(DIRECTORY.value)
+    converter.convert(converted.name, force=True)
+    kind = ctranslate2.Translator if is_translation() else ctranslate2.Generator
+    threads = dict(inter_threads=1, intra_threads=os.cpu_count())
+    model = kind(converted.name, compute_type=dtype, **threads)
+
+    def prepare(batch: int, beam_size: int) -> Run:
+        def seconds_to(tokens: int, directory=converted) -> float:  # Files as long as the model.
+            start = time.perf_counter()
+            if is_translation():
+                lengths = dict(min_decoding_length=tokens, max_decoding_length=tokens)
+                source = [["word7"] * SOURCE] * batch
+                model.translate_batch(source, beam_size=beam_size, **lengths)
+            else:
+                lengths = dict(min_length=tokens, max_length=tokens)
+                lengths |= dict(include_prompt_in_result=False)
+                prompts = [["word7"] * PROMPT] * batch
+                model.generate_batch(prompts, beam_size=beam_size, **lengths)
+            return time.perf_counter() - start
+
+        return difference(seconds_to, 3)
+
+    return prepare
+
+
 def summary(records: list[dict]) -> list[dict]:
     """A row a setting: the median over the rounds, the least and the most."""
     groups = {}
@@ -314,7 +517,7 @@ def print_table(rows: list[dict]) -> None:
         table.add_column(column, no_wrap=True)
     measured = [row for row in rows if row["contestant"] != "read"]
     for row in sorted(measured, key=lambda r: (r["search"] != "greedy", r["batch"], r["dtype"])):
-        same = ("search", "batch", "dtype", "variant")
+        same = ("search", "batch", "dtype", *["variant"] * (MODEL.value == "paper"))
         mine = [
             r["median"]
             for r in measured

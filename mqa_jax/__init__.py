@@ -15,6 +15,7 @@ from mqa_jax.attention.positions import RelativeBias, Rope
 from mqa_jax.core.sharding import ShardingRules, make_mesh, on_mesh
 from mqa_jax.decode.beam import beam_search
 from mqa_jax.decode.generate import Generator
+from mqa_jax.decode.prompts import left_aligned
 from mqa_jax.decode.search import Decoded, greedy, sample
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder
@@ -41,6 +42,7 @@ __all__ = [
     "causal_mask",
     "dot_product_attention",
     "greedy",
+    "left_aligned",
     "make_mesh",
     "on_mesh",
     "padding_mask",

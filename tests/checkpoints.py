@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+import tokenizers
 
 # Prompt, or source, and target ids of the golden logits.
 IDS = [3, 17, 5, 29, 11, 2, 23]
@@ -226,6 +227,21 @@ def write(directory: Path, name: str, **changes) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors(name), directory / "model.safetensors")
+    return directory
+
+
+WORDS = {f"w{i}": i for i in range(31)}
+
+
+def write_words(directory: Path, template: str | None = None) -> Path:
+    """A tokenizer into a checkpoint's directory, whose tokens are words, `w0` to `w30`."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("w1", 1)]
+        )
+    tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
 

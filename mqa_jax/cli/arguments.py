@@ -96,6 +96,25 @@ def refuse_idle(values: flags.FlagValues, jobs: Iterable[tuple[Any, str, str]]) 
             raise ValueError(f"{', '.join(idle)}: of no effect {otherwise}")
 
 
+def refuse_overridden(values: flags.FlagValues) -> None:
+    """Refuses fields that --config.init_from decides.
+
+    Raises:
+      ValueError: one is given beside it.
+    """
+    from mqa_jax.train.start import OWN_FIELDS
+
+    if not values.config.get("init_from"):
+        return
+    own = [f"model.{name}" for name in OWN_FIELDS]
+    for name in config_flags.get_override_values(values["config"]):
+        if name == "data.vocab_size" or (name.startswith("model.") and name not in own):
+            raise ValueError(
+                f"--config.{name}: of no effect with --config.init_from, whose model it is; of it "
+                f"there can be set {', '.join(own)}"
+            )
+
+
 def load_config(text: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config of a file, `FILE.py:VARIANT`, with other values for some of its fields.
 

@@ -69,6 +69,8 @@ def run(args: flags.FlagValues) -> int:
     if (args.config is None) == (args.model is None):
         raise ValueError("give --config, such as --config=wmt14, or --model, a directory")
     refuse_idle(args, [(args.model is None, "with --model", "quick variants compare")])
+    if args.config is not None and args.config.get("init_from"):
+        raise ValueError("--config.init_from is for training: --model=DIR measures what is there")
     for name, value in QUICK.items() if args.quick else ():
         if not args[name].present:
             args[name].value = value

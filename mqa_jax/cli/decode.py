@@ -224,11 +224,11 @@ def run(args: flags.FlagValues) -> None:
 
 def load_trained(args: flags.FlagValues) -> Source:
     """The run in --workdir."""
-    from mqa_jax.data import BOS_ID, EOS_ID
     from mqa_jax.train import workdir as workdirs
 
     run = workdirs.load_run(local_path("--workdir", args.workdir))
-    return Source(run.model, run.params, run.tokenizer, BOS_ID, (EOS_ID,))
+    ids = run.tokenizer.ids
+    return Source(run.model, run.params, run.tokenizer, ids.bos, (ids.eos,))
 
 
 def answers(

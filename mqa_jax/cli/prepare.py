@@ -8,7 +8,7 @@ Training does the same before its first step; this does it alone, where there is
 
 from absl import flags
 
-from mqa_jax.cli.arguments import define_config
+from mqa_jax.cli.arguments import define_config, refuse_overridden
 
 
 def define(values: flags.FlagValues) -> None:
@@ -22,5 +22,8 @@ def run(args: flags.FlagValues) -> None:
         raise ValueError("give --config, such as --config=quickstart")
 
     from mqa_jax.data.prepare import prepare
+    from mqa_jax.train.start import find_start
 
-    prepare(args.config.data)
+    refuse_overridden(args)
+    start = find_start(args.config)
+    prepare(start.config.data, start.tokenizer)

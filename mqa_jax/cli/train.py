@@ -22,7 +22,7 @@ import traceback
 
 from absl import flags
 
-from mqa_jax.cli.arguments import define_config, refuse_idle
+from mqa_jax.cli.arguments import define_config, refuse_idle, refuse_overridden
 from mqa_jax.core.checks import check_integer
 
 
@@ -58,10 +58,12 @@ def run(args: flags.FlagValues) -> int:
             (args.distributed, "without --distributed", "peer_timeout"),
         ],
     )
+    refuse_overridden(args)
     if args.compile_only:
         from mqa_jax.measure import compile_only  # Only here, since it needs another extra.
+        from mqa_jax.train.start import find_start
 
-        return compile_only.train(args.config, args.compile_only)
+        return compile_only.train(find_start(args.config).config, args.compile_only)
     if args.workdir is None:
         raise ValueError("give --workdir to train, or --compile_only")
     check_integer("--peer_timeout", args.peer_timeout)

@@ -39,6 +39,10 @@ def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
     config = ConfigDict(
         dict(
             task="translation",  # Or "language_model", without a source.
+            # A directory of the Hugging Face hub, or the workdir of a run, whose model is trained
+            # further, with its tokenizer. Of `model`, rates, dtypes and `remat` are then the
+            # config's, and the rest that model's.
+            init_from="",
             # The fields of `mqa_jax.TransformerConfig`, which says what they are.
             model=dict(
                 vocab_size=vocab_size,

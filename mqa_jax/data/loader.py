@@ -117,9 +117,11 @@ class _Rows:
         self._source_length = manifest.request["source_length"]
         self._target_length = manifest.request["target_length"]
         self._vocab_size = manifest.request["vocab_size"]
+        self._pad = manifest.ids.pad
 
     def batch(self, indices: np.ndarray) -> Batch:
-        tokens = np.zeros((len(indices), self._source_length + self._target_length), np.int32)
+        length = self._source_length + self._target_length
+        tokens = np.full((len(indices), length), self._pad, np.int32)
         # Rows of padding come last, and one process's share of a batch can be all padding.
         if real := indices[indices < self.count].tolist():
             tokens[: len(real)] = self._read(real)
@@ -135,7 +137,7 @@ class _Rows:
             records = self._records.__getitems__(indices)
             tokens = np.frombuffer(b"".join(records), RECORD).reshape(len(indices), length)
             # As one comparison: negative ids are the largest of the unsigned.
-            if (tokens.view("<u4") < self._vocab_size).all():
+            if ((tokens.view("<u4") < self._vocab_size) | (tokens == self._pad)).all():
                 return tokens
             reason = f"ids that are not in the vocabulary, 0 to {self._vocab_size - 1}"
         except (RuntimeError, ValueError) as error:

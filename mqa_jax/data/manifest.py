@@ -1,7 +1,7 @@
 """What a prepared directory holds, and the `manifest.json` in it that says so.
 
 manifest.json                       written last: a directory without it is not whole
-tokenizer.model                     `mqa_jax.data.tokenizer`
+tokenizer.model                     `mqa_jax.data.tokenizer`; or tokenizer.zip, one of the hub's
 <split>.array_record                one record a row: the tokens of `packing.to_tokens`, as RECORD
 validation.<side>.txt, test....     raw text, one example a line, in the order of the source data
 
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mqa_jax.core.paths import read_json
+from mqa_jax.data import OWN_IDS, SpecialIds
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+HUB_TOKENIZER = "tokenizer.zip"
 RECORD = "<i4"  # NumPy's name of the integers of a record
 
 # Raised when the same request comes to give other files.
@@ -91,9 +93,19 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def tokenizer(self) -> str:
+        """The name of the tokenizer's file."""
+        return TOKENIZER if TOKENIZER in self.files else HUB_TOKENIZER
+
+    @property
     def tokenizer_sha256(self) -> str:
-        """Of `tokenizer.model`."""
-        return self.files[TOKENIZER].sha256
+        """Of the tokenizer's file."""
+        return self.files[self.tokenizer].sha256
+
+    @property
+    def ids(self) -> SpecialIds:
+        """What begins and ends the sentences of the rows, and fills these up."""
+        return SpecialIds(*self.request.get("ids", OWN_IDS))
 
     @classmethod
     def read(cls, directory: str | Path) -> "Manifest":
@@ -121,7 +133,7 @@ class Manifest:
             splits = {name: SplitStats(**stats) for name, stats in fields.pop("splits").items()}
             files = {name: FileStats(**stats) for name, stats in fields.pop("files").items()}
             manifest = cls(**fields, splits=splits, files=files)
-            is_as_written = manifest.sha256 == sha256 and TOKENIZER in files
+            is_as_written = manifest.sha256 == sha256 and manifest.tokenizer in files
         except (KeyError, TypeError, AttributeError):
             is_as_written = False
         if not is_as_written:

@@ -11,7 +11,7 @@ from itertools import chain
 
 import numpy as np
 
-from mqa_jax.data import EOS_ID, PAD_ID
+from mqa_jax.data import OWN_IDS, SpecialIds
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -61,7 +61,9 @@ def pack(pairs: Iterable[Pair], source_length: int, target_length: int) -> Itera
     yield from rows
 
 
-def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np.ndarray:
+def to_tokens(
+    row: Sequence[Pair], source_length: int, target_length: int, ids: SpecialIds = OWN_IDS
+) -> np.ndarray:
     """A row as it is stored: its source tokens and its target tokens, padding behind either.
 
     EOS alone tells its sentences apart; `training.segments` does.
@@ -70,6 +72,7 @@ def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np
       row: pairs; an empty row is all padding.
       source_length: `S`; 0 for a language model.
       target_length: `T`.
+      ids: of EOS and of padding.
 
     Returns:
       int32 `[S + T]`.
@@ -87,10 +90,12 @@ def to_tokens(row: Sequence[Pair], source_length: int, target_length: int) -> np
                 f"{length}: pack them into longer rows"
             )
         for sentence in sentences:
-            if list(sentence[-1:]) != [EOS_ID] or EOS_ID in sentence[:-1] or PAD_ID in sentence:
+            is_ended = list(sentence[-1:]) == [ids.eos] and ids.eos not in sentence[:-1]
+            if not is_ended or ids.pad in sentence:
                 raise ValueError(
-                    f"the sentence {list(sentence)} must end in EOS ({EOS_ID}), which along with "
-                    f"PAD ({PAD_ID}) must be nowhere else in it: encode it with `Tokenizer`"
+                    f"the sentence {list(sentence)} must end in EOS ({ids.eos}), which along with "
+                    f"PAD ({ids.pad}) must be nowhere else in it: encode it with `Tokenizer`"
                 )
-        sides.append(np.pad(np.array(tokens, np.int32), (0, length - len(tokens))))
+        padding = np.full(length - len(tokens), ids.pad, np.int32)
+        sides.append(np.concatenate([np.array(tokens, np.int32), padding]))
     return np.concatenate(sides)

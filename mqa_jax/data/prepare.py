@@ -32,16 +32,18 @@ from mqa_jax.data.manifest import (
 from mqa_jax.data.packing import Pair, pack, to_tokens
 from mqa_jax.data.raw import Example, RawText, own_files
 from mqa_jax.data.request import check, check_same, directory_of, place, requested
-from mqa_jax.data.tokenizer import MAX_PIECE_CHARACTERS, Tokenizer
+from mqa_jax.data.tokenizer import MAX_PIECE_CHARACTERS, RowTokenizer, Tokenizer
 
 INCOMPLETE = ".incomplete-"
 
 
-def prepare(data: ConfigDict) -> Path:
+def prepare(data: ConfigDict, tokenizer: RowTokenizer | None = None) -> Path:
     """Makes the directory of the data, or finds that it already is what is asked for.
 
     Args:
       data: `config.data`, see `mqa_jax.data.request`.
+      tokenizer: one that is there already, that of a model to be trained further; one is trained
+        when None.
 
     Returns:
       the directory.
@@ -58,16 +60,17 @@ def prepare(data: ConfigDict) -> Path:
         if (directory / MANIFEST).exists():
             manifest = Manifest.read(directory)
             print(f"{data.path} is not here: {directory} is taken to be made of it")
-            return _found(directory, manifest, requested(data, manifest.request["files"]))
+            request = requested(data, manifest.request["files"], tokenizer)
+            return _found(directory, manifest, request)
     if data.path:
         files = own_files(data)
-    request = requested(data, files.hashes if files else {})
+    request = requested(data, files.hashes if files else {}, tokenizer)
     directory = directory_of(data, request)
     if not (directory / MANIFEST).exists():
         with locked(directory, "preparing data", wait=True):
             # Whoever held it may have made it.
             if not (directory / MANIFEST).exists():
-                manifest = _make(directory, data, request, RawText(data, files))
+                manifest = _make(directory, data, request, RawText(data, files), tokenizer)
                 print(_report(directory, manifest))
                 return directory
     return _found(directory, Manifest.read(directory), request)
@@ -80,7 +83,14 @@ def _found(directory: Path, manifest: Manifest, request: dict[str, Any]) -> Path
     return directory
 
 
-def _make(directory: Path, data: ConfigDict, request: dict[str, Any], raw: RawText) -> Manifest:
+def _make(
+    directory: Path,
+    data: ConfigDict,
+    request: dict[str, Any],
+    raw: RawText,
+    given: RowTokenizer | None,
+) -> Manifest:
+    most = MAX_PIECE_CHARACTERS if given is None else given.max_characters
     # What a killed process has left; it holds no lock.
     for left in directory.glob(f"{INCOMPLETE}*"):
         shutil.rmtree(left)
@@ -88,15 +98,21 @@ def _make(directory: Path, data: ConfigDict, request: dict[str, Any], raw: RawTe
         # What can be named before a tokenizer is trained is named before.
         for split in request["splits"]:
             if split != "train":
-                deque(_texts(raw, data, split, Counter()), maxlen=0)
+                deque(_texts(raw, data, split, Counter(), most), maxlen=0)
     with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=directory) as name:
         incomplete = Path(name)
-        train = (
-            text
-            for example in _texts(raw, data, "train", Counter())
-            for text in example.texts.values()
-        )
-        tokenizer = Tokenizer.train(train, incomplete / TOKENIZER, data.vocab_size)
+        if given is None:
+            train = (
+                text
+                for example in _texts(raw, data, "train", Counter(), most)
+                for text in example.texts.values()
+            )
+            tokenizer: RowTokenizer = Tokenizer.train(
+                train, incomplete / TOKENIZER, data.vocab_size
+            )
+        else:
+            tokenizer = given
+            (incomplete / tokenizer.file_name).write_bytes(tokenizer.content)
         splits = {
             split: _write_split(raw, tokenizer, data, split, incomplete)
             for split in request["splits"]
@@ -121,12 +137,14 @@ def _drop(
         )
 
 
-def _texts(raw: RawText, data: ConfigDict, split: str, dropped: Counter) -> Iterator[Example]:
-    """The examples that can be valid, before there is a tokenizer; the others are counted."""
+def _texts(
+    raw: RawText, data: ConfigDict, split: str, dropped: Counter, most_characters: float
+) -> Iterator[Example]:
+    """The examples that can be valid, before there are tokens; the others are counted."""
     fields = {data.source: "source_length", data.target: "target_length"}
     # In fewer tokens they cannot be said. A megabyte in one line would not only be dropped in the
     # end: as one word it holds up the training of the tokenizer for minutes.
-    most = {side: (data[field] - 1) * MAX_PIECE_CHARACTERS for side, field in fields.items()}
+    most = {side: (data[field] - 1) * most_characters for side, field in fields.items()}
     # On a terminal only: in a log file a progress bar is one endless line.
     for example in tqdm(raw.examples(split), split, raw.count(split), disable=None, leave=False):
         blank = [side for side, text in example.texts.items() if not text.strip()]
@@ -147,24 +165,33 @@ def _shorten(field: str) -> str:
 
 
 def _pairs(
-    raw: RawText, tokenizer: Tokenizer, data: ConfigDict, split: str, dropped: Counter
+    raw: RawText, tokenizer: RowTokenizer, data: ConfigDict, split: str, dropped: Counter
 ) -> Iterator[tuple[Example, Pair]]:
     """The examples that a row has room for, and their ids; the others are counted in `dropped`."""
     fields = {data.source: "source_length", data.target: "target_length"}
-    for example in _texts(raw, data, split, dropped):
-        ids = {side: tokenizer.encode(text) for side, text in example.texts.items()}
+    eos = tokenizer.ids.eos
+    for example in _texts(raw, data, split, dropped, tokenizer.max_characters):
+        ids = {
+            side: tokenizer.encode(text) if side == data.source else tokenizer.encode_target(text)
+            for side, text in example.texts.items()
+        }
+        ended = [side for side, sentence in ids.items() if eos in sentence[:-1]]
         long = [side for side, sentence in ids.items() if len(sentence) > data[fields[side]]]
         if long:
             field = fields[long[0]]
             reason = f"{len(ids[long[0]])} tokens, {data[field]} fit into a row"
             _drop(raw, data, split, example, long[0], reason, _shorten(field))
             dropped["too_long"] += 1
+        elif ended:
+            reason = f"it has, within, what is encoded as {eos}, the id that ends a text"
+            _drop(raw, data, split, example, ended[0], reason, "take it out")
+            dropped["spells_an_end"] += 1
         else:
             yield example, (ids.get(data.source, []), ids[data.target])
 
 
 def _write_split(
-    raw: RawText, tokenizer: Tokenizer, data: ConfigDict, split: str, directory: Path
+    raw: RawText, tokenizer: RowTokenizer, data: ConfigDict, split: str, directory: Path
 ) -> SplitStats:
     dropped: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -197,7 +224,7 @@ def _write_split(
         if data.pack:
             rows = pack(pairs(), data.source_length, data.target_length)
         for row in rows:
-            tokens = to_tokens(row, data.source_length, data.target_length)
+            tokens = to_tokens(row, data.source_length, data.target_length, tokenizer.ids)
             writer.write(tokens.astype(RECORD).tobytes())
             counts["rows"] += 1
             counts["examples"] += len(row)
@@ -239,6 +266,8 @@ def main() -> None:
     def run(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise app.UsageError(f"arguments that mean nothing: {arguments[1:]}")
+        if config.value.get("init_from"):
+            raise app.UsageError("--config.init_from is for `mqa-jax prepare`, or train.py")
         prepare(config.value.data)
 
     app.run(run)

@@ -13,7 +13,7 @@ source_length  tokens a row, EOS included; 0 for a language model
 target_length  likewise
 pack           several sentences a row, or one
 on_invalid     blank lines and sentences longer than a row: "error", or "drop" and count them
-vocab_size     of the tokenizer, both languages jointly
+vocab_size     of the tokenizer, both languages jointly; of the model, where its tokenizer is used
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from ml_collections.config_dict import RequiredValueError
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.paths import local_path
 from mqa_jax.data.manifest import FORMAT, MANIFEST, Manifest
+from mqa_jax.data.tokenizer import RowTokenizer
 
 SPLITS = ("train", "validation", "test")
 OWN_TEXT = "parallel_text"
@@ -168,14 +169,19 @@ def place(data: ConfigDict, name: str) -> Path:
     return local_path(f"--config.data.{name}", data[name])
 
 
-def requested(data: ConfigDict, files: dict[str, str]) -> dict[str, Any]:
+def requested(
+    data: ConfigDict, files: dict[str, str], tokenizer: RowTokenizer | None = None
+) -> dict[str, Any]:
     """All that decides the contents, in the form that the manifest holds it in.
 
     Args:
       data: as `check` finds it right.
       files: the hashes of the user's own files; empty with any other builder.
+      tokenizer: one that is given, not trained.
     """
     fields = {name: data[name] for name in CONTENTS}
+    if tokenizer is not None:
+        fields |= {"tokenizer": tokenizer.sha256, "ids": list(tokenizer.ids)}
     return {"format": FORMAT} | fields | {"splits": wanted_splits(data.splits), "files": files}
 
 

@@ -1,4 +1,8 @@
-"""Text to token ids and back, without loss: SentencePiece, its ids 0 to 3 fixed."""
+"""Text to token ids and back, without loss: SentencePiece, its ids 0 to 3 fixed.
+
+Rows of text may be made with another tokenizer, that of a model they train; `RowTokenizer` is what
+is asked of it.
+"""
 
 import hashlib
 import io
@@ -8,16 +12,49 @@ import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
-from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mqa_jax.data import BOS_ID, EOS_ID, OWN_IDS, PAD_ID, UNK_ID, SpecialIds
+from mqa_jax.data.manifest import TOKENIZER
 
 # The longest piece: SentencePiece's own limit.
 MAX_PIECE_CHARACTERS = 16
 
 # Beyond this the pieces hardly change, and training takes much memory and time.
 MAX_TRAINING_SENTENCES = 2_000_000
+
+
+class RowTokenizer(Protocol):
+    """A tokenizer that rows of text can be made with: it says what begins, ends and fills them.
+
+    Attributes:
+      ids: those that stand for no text.
+      begin_ids: what `encode` puts in front of every text: nothing.
+      end_ids: what it puts behind it, `ids.eos`.
+      file_name: of the one file that holds it.
+      content: of that file.
+      sha256: of `content`, in hexadecimal digits.
+      max_characters: of a token; infinite where it is not known.
+    """
+
+    ids: SpecialIds
+    begin_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    file_name: str
+    content: bytes
+    sha256: str
+    max_characters: float
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_target(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class Tokenizer:
@@ -50,7 +87,7 @@ class Tokenizer:
                 f"the model's ids of pad, bos, eos and unk are {ids}, not "
                 f"{(PAD_ID, BOS_ID, EOS_ID, UNK_ID)}: use one that Tokenizer.train made"
             )
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.content, self.sha256 = model, hashlib.sha256(model).hexdigest()
 
     @classmethod
     def train(cls, sentences: Iterable[str], path: str | Path, vocab_size: int) -> "Tokenizer":
@@ -111,9 +148,12 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    # What `encode` puts in front of every text, and behind it.
+    # As `RowTokenizer` has them.
+    ids = OWN_IDS
     begin_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = (EOS_ID,)
+    file_name = TOKENIZER
+    max_characters: float = MAX_PIECE_CHARACTERS
 
     @property
     def vocab_size(self) -> int:
@@ -123,6 +163,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no BOS in front, EOS at the end."""
         return [*self._model.encode(text), EOS_ID]
+
+    def encode_target(self, text: str) -> list[int]:
+        """As `encode`: both languages have one vocabulary."""
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first EOS, padding and BOS left out.

@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
     `mqa_jax.hub.tokenizer` are.
 
     The ids of a text begin with `begin_ids` and end with `end_ids`, which `decode` leaves out.
+    `encode_target` is of the texts that a translation gives, which may be in another language.
     """
 
     @property
@@ -43,6 +44,8 @@ class Tokenizer(Protocol):
     def end_ids(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_target(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -130,7 +133,7 @@ class LineDecoder(Generator):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """As `Generator`, of lines and the texts that answer them, each with its end."""
         prompts = [self._prompt(line) for line in lines]
-        ids = [self._tokenizer.encode(answer) for answer in answers]
+        ids = [self._tokenizer.encode_target(answer) for answer in answers]
         if not self._batcher.is_translation and len(answers) == len(lines):
             for i, (line, answer) in enumerate(zip(lines, answers, strict=True)):
                 # By itself it would be encoded as what begins a text.

@@ -110,6 +110,33 @@ def score(
     return jnp.where(is_length_B1, jnp.where(is_real_BT, log_prob_BT, 0.0), jnp.nan)
 
 
+def left_aligned(x: Array, lengths_B: Array) -> Array:
+    """Rows padded on the left, as other libraries make them, padded on the right, as here.
+
+    Args:
+      x: `[B, P, ...]`: prompts of ids, or vectors in front of an `Attention`, each row's real ones
+        last.
+      lengths_B: `[B]`, how many of the `P` are real.
+
+    Returns:
+      `x` with each row's real ones first, and its padding behind them.
+
+    Raises:
+      ValueError: shapes that do not fit, or a length that is not from 0 to `P`. Of lengths that are
+        traced, what takes the rows looks after them.
+    """
+    if x.ndim < 2 or lengths_B.shape != x.shape[:1]:
+        raise ValueError(
+            f"x must be [B, P, ...] and lengths_B [B], not {list(x.shape)} and "
+            f"{list(lengths_B.shape)}"
+        )
+    length = x.shape[1]
+    for row, real in enumerate(known_values(lengths_B)):
+        check_integer(f"lengths_B[{row}]", real, least=0, most=length)
+    from_BP = (jnp.arange(length)[None] - jnp.asarray(lengths_B)[:, None]) % length
+    return jnp.take_along_axis(x, jnp.expand_dims(from_BP, tuple(range(2, x.ndim))), axis=1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Start:

@@ -92,6 +92,11 @@ class Directory:
         self.generation = json_object(generation) if generation.is_file() else {}
         self._opened: dict[Path, Any] = {}
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are tensors that can be read, damaged perhaps."""
+        return any((self.path / name).is_file() for name in (WEIGHTS, INDEX))
+
     @functools.cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """All tensors by name, of one file or of all shards; only headers have been read.

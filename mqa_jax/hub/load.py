@@ -76,8 +76,7 @@ def load(
     family, config = _options(files, dtype, max_length)
     named = _named(family, files)
     table = _table(family, config, files, named)
-    is_tied = SOFTMAX not in named or files.are_equal(named[SOFTMAX], table)
-    config = dataclasses.replace(config, tied_softmax=is_tied)
+    config = _with_softmax(config, files, named, table)
     generation = read_generation(files, config.vocab_size, family.task == "translation")
     tokenizer = load_tokenizer(files.path, family.model_type)
 
@@ -106,7 +105,7 @@ def read_config(
     dtype: DTypeLike = "float32",
     max_length: int | None = None,
 ) -> tuple[str, TransformerConfig]:
-    """What a `config.json` asks for, without weights: the model can be built, and measured.
+    """What a `config.json` asks for, with or without weights: the model can be built, and measured.
 
     Args:
       directory: with `config.json`.
@@ -119,7 +118,11 @@ def read_config(
     Raises:
       ValueError: as `load`, of `config.json` alone.
     """
-    family, config = _options(Directory(directory), dtype, max_length)
+    files = Directory(directory)
+    family, config = _options(files, dtype, max_length)
+    if files.has_weights:
+        named = _named(family, files)
+        config = _with_softmax(config, files, named, _table(family, config, files, named))
     return family.task, config
 
 
@@ -164,6 +167,14 @@ def _named(family: Family, files: Directory) -> dict[str, str]:
             raise ValueError(f"{files.path} has both {named[full]} and {name}, which are the same")
         named[full] = name
     return named
+
+
+def _with_softmax(
+    config: TransformerConfig, files: Directory, named: Mapping[str, str], table: str
+) -> TransformerConfig:
+    """Of a softmax product of its own where the files have one that is not the token table."""
+    is_tied = SOFTMAX not in named or files.are_equal(named[SOFTMAX], table)
+    return dataclasses.replace(config, tied_softmax=is_tied)
 
 
 def _table(

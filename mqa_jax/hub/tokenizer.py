@@ -55,6 +55,9 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
+    def _encode_target(self, text: str) -> list[int]:
+        return self._encode(text)
+
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
@@ -72,11 +75,11 @@ class Tokenizer(abc.ABC):
         Raises:
           ValueError: half of a surrogate pair, which is no text.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{text!r:.60} is no text: {error}") from None
-        return [*self.begin_ids, *self._encode(text), *self.end_ids]
+        return [*self.begin_ids, *self._encode(_checked(text)), *self.end_ids]
+
+    def encode_target(self, text: str) -> list[int]:
+        """As `encode`, of what comes out of a translation, which may be in another language."""
+        return [*self.begin_ids, *self._encode_target(_checked(text)), *self.end_ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; those that stand for no text (begin, end, padding) are left out.
@@ -92,6 +95,14 @@ class Tokenizer(abc.ABC):
                     "with another tokenizer, or is of the padding of the model's table"
                 )
         return self._decode(ids)
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r:.60} is no text: {error}") from None
+    return text
 
 
 class FastTokenizer(Tokenizer):
@@ -178,13 +189,18 @@ class MarianTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return max(self._pieces) + 1
 
+    def _encode_target(self, text: str) -> list[int]:
+        return self._ids_of(self._target.encode(text, out_type=str))
+
     def _encode(self, text: str) -> list[int]:
         ids = []
         code = _LANGUAGE.match(text)
         if code and code[0] in self._ids:
             ids, text = [self._ids[code[0]]], text[code.end() :]
-        pieces = self._source.encode(text, out_type=str)
-        return ids + [self._ids.get(piece, self._unknown) for piece in pieces]
+        return ids + self._ids_of(self._source.encode(text, out_type=str))
+
+    def _ids_of(self, pieces: list[str]) -> list[int]:
+        return [self._ids.get(piece, self._unknown) for piece in pieces]
 
     def _decode(self, ids: list[int]) -> str:
         return self._target.decode(

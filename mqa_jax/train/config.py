@@ -70,7 +70,7 @@ def _compared(name: str, base: Any, found: Any, optional: set[str]) -> Iterator[
     for key in sorted(set(found) - set(base)):
         yield f"--config.{dot}{key} is unknown; there are {', '.join(sorted(base))}"
     for key in sorted(set(base) - set(found)):
-        if f"{dot}{key}" not in optional:
+        if f"{dot}{key}" not in optional and key != "init_from":
             yield (
                 f"--config.{dot}{key} is missing: an older config, perhaps; it is {base[key]!r} "
                 "where a config file says nothing"

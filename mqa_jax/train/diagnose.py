@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from mqa_jax.core.sharding import ShardingRules, on_mesh
+from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import Model
 from mqa_jax.train.step import (
     Batch,
@@ -37,6 +38,7 @@ def make_diagnosis(
     z_loss: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
+    ids: SpecialIds = OWN_IDS,
 ) -> Callable[[nnx.State, Batch, int], str]:
     """A function that does a step's work again and looks for what was not finite in it.
 
@@ -47,7 +49,9 @@ def make_diagnosis(
       The parameters may be those of a later step: a skipped one leaves them as they are.
     """
     options = dict(label_smoothing=label_smoothing, z_loss=z_loss)
-    gradients_of = make_gradients(model, mesh, accumulate=accumulate, rules=rules, **options)
+    gradients_of = make_gradients(
+        model, mesh, accumulate=accumulate, rules=rules, ids=ids, **options
+    )
     graphdef, vocab_size = nnx.graphdef(model), model.config.vocab_size
 
     def look(params: nnx.State, batch: Batch, position: ArrayLike) -> dict[str, dict[str, Array]]:
@@ -57,9 +61,9 @@ def make_diagnosis(
             """`[B]`: the first sentence of each row whose loss is not finite, from 1; else 0."""
             part, key = part_and_key
             with on_mesh(mesh, rules or ShardingRules()):
-                logits_BTV = apply(nnx.merge(graphdef, params), part, nnx.Rngs(dropout=key))
+                logits_BTV = apply(nnx.merge(graphdef, params), part, nnx.Rngs(dropout=key), ids)
             loss_BT, _ = cross_entropy(logits_BTV, part["target_tokens"], **options)
-            segment_ids_BT, _ = segments(part["target_tokens"])
+            segment_ids_BT, _ = segments(part["target_tokens"], ids)
             is_bad_BT = ~jnp.isfinite(loss_BT) & (segment_ids_BT > 0)
             return _first(is_bad_BT, segment_ids_BT)
 
@@ -69,7 +73,7 @@ def make_diagnosis(
             parts = in_parts(batch, accumulate), jax.random.split(key, accumulate)
             sentence_B = jnp.moveaxis(jax.lax.map(sentences, parts), 0, 1).reshape(-1)
         outside = {
-            name: _first((tokens < 0) | (tokens >= vocab_size), tokens)
+            name: _first((tokens != ids.pad) & ((tokens < 0) | (tokens >= vocab_size)), tokens)
             for name, tokens in batch.items()
         }
         gradients, _ = gradients_of(params, batch, key)

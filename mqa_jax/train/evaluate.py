@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mqa_jax.data import BOS_ID, EOS_ID, loader
+from mqa_jax.data import loader
 from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.text import read_lines
-from mqa_jax.data.tokenizer import Tokenizer
+from mqa_jax.data.tokenizer import RowTokenizer
 from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model
@@ -30,7 +30,7 @@ def add_up(sums: Sequence[Metrics]) -> dict[str, np.float64]:
 def make_evaluate(
     config: ConfigDict,
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: RowTokenizer,
     data: Path,
     mesh: Mesh,
     manifest: Manifest | None = None,
@@ -44,7 +44,7 @@ def make_evaluate(
         no longer that. What the directory says now when None.
     """
     manifest = manifest or Manifest.read(data)
-    eval_step = make_eval_step(model, mesh)
+    eval_step = make_eval_step(model, mesh, ids=tokenizer.ids)
     settings = config.evaluate
     sources = references = []
     if config.task == "translation" and settings.lines:
@@ -55,9 +55,9 @@ def make_evaluate(
     decoder = LineDecoder(
         model,
         tokenizer,
-        search=functools.partial(greedy, eos_id=EOS_ID),
+        search=functools.partial(greedy, eos_id=tokenizer.ids.eos),
         batch_size=settings.batch_size,
-        bos_id=BOS_ID,
+        bos_id=tokenizer.ids.bos,
     )
 
     index, count = row_share(mesh, settings.batch_size)

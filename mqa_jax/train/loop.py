@@ -17,7 +17,6 @@ from mqa_jax.core.sharding import make_mesh
 from mqa_jax.data import loader
 from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.prepare import prepare
-from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.train import workdir as workdirs
 from mqa_jax.train.checkpoint import Checkpoints
 from mqa_jax.train.config import check_config, remarks
@@ -26,6 +25,7 @@ from mqa_jax.train.meter import Meter, NoLog
 from mqa_jax.train.metrics import MetricLog, read_metrics
 from mqa_jax.train.processes import Stop, first_process_first, put_batch, row_share
 from mqa_jax.train.setup import diagnosis, set_up, train_flops
+from mqa_jax.train.start import find_start
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later.
 
@@ -38,6 +38,8 @@ def train(config: ConfigDict, workdir: str) -> int:
 
 
 def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
+    begin = find_start(config, path)
+    config = begin.config
     check_config(config)
     mesh = make_mesh(**config.mesh)
     check_config(config, mesh.shape)
@@ -45,8 +47,8 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         stack.enter_context(locked(path, "training"))
     with first_process_first():
         workdirs.check(path, workdirs.describe(config))
-        data = prepare(config.data)
-        tokenizer = Tokenizer.load(data / "tokenizer.model")
+        data = prepare(config.data, begin.tokenizer)
+        tokenizer = workdirs.load_row_tokenizer(data)
         manifest = Manifest.read(data)
         about = workdirs.describe(config, manifest)
         workdirs.check(path, about)
@@ -58,12 +60,14 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         )
 
     settings = config.train
-    model, state, train_step, schedule = set_up(config, mesh)
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
     checkpoints = stack.enter_context(
         Checkpoints(path / workdirs.CHECKPOINTS, keep=settings.keep_checkpoints, run=about)
     )
-    if checkpoints.latest_step() is not None:
+    is_resumed, ids = checkpoints.latest_step() is not None, tokenizer.ids
+    params = None if is_resumed else begin.params
+    model, state, train_step, schedule = set_up(config, mesh, ids=ids, params=params)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    if is_resumed:
         workdirs.check_signed(path, checkpoints.run(), about)
         state = checkpoints.restore(state)
     start = int(state.step)
@@ -76,6 +80,8 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     )
     if start >= settings.steps:
         log.print(f"nothing is left to train: decode with mqa-jax decode --workdir={path}")
+    if params is not None:
+        log.print(f"begins with the weights of {config.init_from}")
     for remark in remarks(config):
         log.print(remark)
     index, count = row_share(mesh, settings.batch_size)
@@ -91,7 +97,7 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     flops = train_flops(
         model, settings.batch_size, config.data.source_length, config.data.target_length
     )
-    meter = Meter(log, 1e-12 * flops / mesh.size, diagnosis(config, model, mesh))
+    meter = Meter(log, 1e-12 * flops / mesh.size, diagnosis(config, model, mesh, ids))
     # Were all steps of a run skipped, it would end well with weights that have learnt nothing.
     most_skipped = min(settings.max_skipped_steps, settings.steps)
 

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import EncoderDecoder, Model, build_model
 from mqa_jax.train.diagnose import make_diagnosis
 from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
@@ -17,13 +18,20 @@ from mqa_jax.train.step import Batch, make_train_step
 
 
 def set_up(
-    config: Any, mesh: Mesh, *, is_abstract: bool = False
+    config: Any,
+    mesh: Mesh,
+    *,
+    is_abstract: bool = False,
+    ids: SpecialIds = OWN_IDS,
+    params: Callable[[nnx.State, Mesh], nnx.State] | None = None,
 ) -> tuple[Model, TrainState, jax.stages.Wrapped, optax.Schedule]:
     """What a config file trains, for train.py to run and for `compile_only` to compile.
 
     Args:
       config: a config file's `ConfigDict`.
       is_abstract: `abstract_state` in place of `init_state`.
+      ids: of the batches, as the tokenizer has them.
+      params: as for `init_state`.
 
     Returns:
       the model's structure, the state, the train step, and the learning rate by step.
@@ -41,14 +49,16 @@ def set_up(
     if is_abstract:
         model, state = abstract_state(build, optimizer, mesh)
     else:
-        model, state = init_state(build, optimizer, mesh, settings.seed)
-    train_step = make_train_step(model, optimizer, state, **_step_options(config))
+        model, state = init_state(build, optimizer, mesh, settings.seed, params=params)
+    train_step = make_train_step(model, optimizer, state, ids=ids, **_step_options(config))
     return model, state, train_step, schedule
 
 
-def diagnosis(config: Any, model: Model, mesh: Mesh) -> Callable[[nnx.State, Batch, int], str]:
+def diagnosis(
+    config: Any, model: Model, mesh: Mesh, ids: SpecialIds
+) -> Callable[[nnx.State, Batch, int], str]:
     """What says why a step of `set_up` was skipped; see `make_diagnosis`."""
-    return make_diagnosis(model, mesh, **_step_options(config))
+    return make_diagnosis(model, mesh, ids=ids, **_step_options(config))
 
 
 def _step_options(config: Any) -> dict[str, Any]:

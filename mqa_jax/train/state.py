@@ -79,6 +79,7 @@ def init_state(
     mesh: Mesh,
     seed: int,
     rules: ShardingRules | None = None,
+    params: Callable[[nnx.State, Mesh], nnx.State] | None = None,
 ) -> tuple[Model, TrainState]:
     """The state before the first step, each array where the rules put it.
 
@@ -86,6 +87,7 @@ def init_state(
       build: makes the model from `rngs=`.
       seed: of the weights, from 0 to `MAX_SEED`.
       rules: `ShardingRules()` when None.
+      params: the weights, from their shapes and places, and the mesh; drawn when None.
 
     Returns:
       the model with shapes in place of weights, which the functions below take their structure
@@ -97,9 +99,12 @@ def init_state(
     check_integer("seed", seed, least=0, most=MAX_SEED)
     model, abstract = abstract_state(build, optimizer, mesh, rules)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    with on_mesh(mesh, rules or ShardingRules()):
-        params = nnx.as_pure(nnx.state(build(rngs=nnx.Rngs(params=seed))))
+    if params is None:
+        with on_mesh(mesh, rules or ShardingRules()):
+            weights = nnx.as_pure(nnx.state(build(rngs=nnx.Rngs(params=seed))))
+    else:
+        weights = params(abstract.params, mesh)
     # What `param` did not make: the norms, which are small.
-    params = jax.device_put(params, shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+    weights = jax.device_put(weights, shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(weights)
+    return model, TrainState(jax.device_put(jnp.int32(0), shardings.step), weights, opt_state)

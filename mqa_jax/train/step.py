@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.sharding import ShardingRules, on_mesh
-from mqa_jax.data import BOS_ID, EOS_ID, PAD_ID
+from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import DecoderOnly, Model
 from mqa_jax.train.optimizer import at_step, wide
 from mqa_jax.train.state import MAX_SEED, TrainState
@@ -50,26 +50,27 @@ def cross_entropy(
     return loss_BT + z_loss * jnp.square(log_z_BT), nll_BT
 
 
-def segments(tokens_BT: Array) -> tuple[Array, Array]:
+def segments(tokens_BT: Array, ids: SpecialIds = OWN_IDS) -> tuple[Array, Array]:
     """Which sentence of its row each token is of, and which token of the sentence it is.
 
     On the device, so that what the host sends for each step is the tokens alone.
 
     Args:
       tokens_BT: sentences one behind the other, each up to its EOS, then padding.
+      ids: of EOS and of padding.
 
     Returns:
       segment ids, from 1 and 0 for padding, and positions, from 0; both int32 `[B, T]`.
     """
     index_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    is_first_BT = (jnp.roll(tokens_BT, 1, axis=1) == EOS_ID) | (index_T == 0)
+    is_first_BT = (jnp.roll(tokens_BT, 1, axis=1) == ids.eos) | (index_T == 0)
     first_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T, 0), axis=1)
     segment_ids_BT = jnp.cumsum(is_first_BT, axis=1, dtype=jnp.int32)
-    is_token_BT = tokens_BT != PAD_ID
+    is_token_BT = tokens_BT != ids.pad
     return jnp.where(is_token_BT, segment_ids_BT, 0), jnp.where(is_token_BT, index_T - first_BT, 0)
 
 
-def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None) -> Array:
+def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None, ids: SpecialIds = OWN_IDS) -> Array:
     """Logits `[B, T, V]` of a batch.
 
     Args:
@@ -78,15 +79,17 @@ def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None) -> Array:
         `mqa_jax.data.loader` makes them: sentences one behind the other, each up to its EOS, then
         padding. What the model is given to predict a token is BOS or the one before.
       rngs: dropout is applied when given.
+      ids: those of the batch that stand for no text.
     """
     targets_BT = batch["target_tokens"]
-    segment_ids_BT, positions_BT = segments(targets_BT)
-    inputs_BT = jnp.where(positions_BT == 0, BOS_ID, jnp.roll(targets_BT, 1, axis=1))
+    segment_ids_BT, positions_BT = segments(targets_BT, ids)
+    inputs_BT = jnp.where(positions_BT == 0, ids.bos, jnp.roll(targets_BT, 1, axis=1))
     if isinstance(model, DecoderOnly):
         return model(inputs_BT, segment_ids=segment_ids_BT, positions=positions_BT, rngs=rngs)
-    source_segment_ids_BS, source_positions_BS = segments(batch["source_tokens"])
+    sources_BS = batch["source_tokens"]
+    source_segment_ids_BS, source_positions_BS = segments(sources_BS, ids)
     return model(
-        batch["source_tokens"],
+        jnp.where(source_segment_ids_BS > 0, sources_BS, 0),
         inputs_BT,
         source_segment_ids=source_segment_ids_BS,
         target_segment_ids=segment_ids_BT,
@@ -127,6 +130,7 @@ def make_gradients(
     z_loss: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
+    ids: SpecialIds = OWN_IDS,
 ) -> Callable[[nnx.State, Batch, Array], tuple[nnx.State, Metrics]]:
     """A function of parameters, batch and key of dropout to the gradients and the sums of the loss.
 
@@ -136,11 +140,11 @@ def make_gradients(
 
     def loss_fn(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         with on_mesh(mesh, rules or ShardingRules()):
-            logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key))
+            logits_BTV = apply(nnx.merge(graphdef, params), batch, nnx.Rngs(dropout=key), ids)
         loss_BT, nll_BT = cross_entropy(
             logits_BTV, batch["target_tokens"], label_smoothing=label_smoothing, z_loss=z_loss
         )
-        sums = _sums(loss_BT, nll_BT, logits_BTV, batch)
+        sums = _sums(loss_BT, nll_BT, logits_BTV, batch, ids)
         return sums["loss"], sums
 
     def gradients_and_sums(
@@ -176,6 +180,7 @@ def make_train_step(
     z_loss: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
+    ids: SpecialIds = OWN_IDS,
 ) -> jax.stages.Wrapped:
     """The jitted update; the state handed in is donated.
 
@@ -193,6 +198,7 @@ def make_train_step(
       accumulate: gradients of so many parts of a batch are summed one after the other before the
         update, in float32, which saves memory; it must divide the rows of a batch.
       rules: those of the state; `ShardingRules()` when None.
+      ids: those of the batches that stand for no text, as the tokenizer has them.
 
     Returns:
       a function of state and batch (see `apply`) to the new state and the metrics `loss`,
@@ -220,6 +226,7 @@ def make_train_step(
         z_loss=z_loss,
         accumulate=accumulate,
         rules=rules,
+        ids=ids,
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -255,7 +262,10 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Model, mesh: Mesh, rules: ShardingRules | None = None
+    model: Model,
+    mesh: Mesh,
+    rules: ShardingRules | None = None,
+    ids: SpecialIds = OWN_IDS,
 ) -> Callable[[nnx.State, Batch], Metrics]:
     """A jitted function of parameters and batch to sums over tokens, for `mean_metrics`.
 
@@ -263,23 +273,26 @@ def make_eval_step(
       model: its structure, from `init_state`.
       mesh: where parameters and batches are.
       rules: those of the parameters; `ShardingRules()` when None.
+      ids: as for `make_train_step`.
     """
     graphdef = nnx.graphdef(model)
 
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch) -> Metrics:
         with on_mesh(mesh, rules or ShardingRules()):
-            logits_BTV = apply(nnx.merge(graphdef, params), batch, rngs=None)
+            logits_BTV = apply(nnx.merge(graphdef, params), batch, None, ids)
         loss_BT, nll_BT = cross_entropy(logits_BTV, batch["target_tokens"])
-        return _sums(loss_BT, nll_BT, logits_BTV, batch)
+        return _sums(loss_BT, nll_BT, logits_BTV, batch, ids)
 
     return eval_step
 
 
-def _sums(loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch) -> Metrics:
+def _sums(
+    loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch, ids: SpecialIds
+) -> Metrics:
     """Sums over the tokens that are no padding; unlike means, they add up over batches."""
     targets_BT = batch["target_tokens"]
-    is_token_BT = targets_BT != PAD_ID
+    is_token_BT = targets_BT != ids.pad
     is_right_BT = is_token_BT & (jnp.argmax(logits_BTV, axis=-1) == targets_BT)
     # Counts as integers: float32 knows no odd number above 2 ** 24.
     return {

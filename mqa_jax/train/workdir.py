@@ -3,7 +3,7 @@
 .lock                `mqa_jax.core.lock`: one run at a time
 config.json          the resolved config
 data.json            the manifest of the data that it trains on, and the hash of its tokenizer
-tokenizer.model      the tokenizer that the data was prepared with
+tokenizer.model      the tokenizer that the data was prepared with; or tokenizer.zip
 checkpoints/         `mqa_jax.train.checkpoint`; each has a signed copy of both JSON files
 metrics.jsonl        `mqa_jax.train.metrics`, and TensorBoard's event files
 
@@ -24,9 +24,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mqa_jax.core.config import base_config
+from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path, read_json
-from mqa_jax.data.manifest import TOKENIZER, Manifest
-from mqa_jax.data.tokenizer import Tokenizer
+from mqa_jax.data.manifest import HUB_TOKENIZER, TOKENIZER, Manifest
+from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import Model, build_model
 from mqa_jax.train.checkpoint import RUN, Checkpoints
@@ -39,6 +40,7 @@ CHECKPOINTS = "checkpoints"
 # but rounding), so a run goes on with others. What the data is, its manifest says.
 FREE = (
     "mesh",
+    "init_from",
     "data.dir",
     "data.path",
     "data.tfds_dir",
@@ -65,7 +67,7 @@ class Run(NamedTuple):
     """
 
     config: ConfigDict
-    tokenizer: Tokenizer
+    tokenizer: RowTokenizer
     model: Model
     params: nnx.State
 
@@ -78,14 +80,14 @@ def load_run(workdir: str | Path) -> Run:
       OSError: a file is missing or cannot be read.
     """
     path = local_path("--workdir", workdir)
-    config = load_config(path)
+    config, file = load_config(path), tokenizer_file(path)
     with Checkpoints(path / CHECKPOINTS) as checkpoints:
         # Nothing before version 0.2.
         if signed := checkpoints.run():
-            found = {"config": json.loads(config.to_json()), "data": _data_of(path / TOKENIZER)}
+            found = {"config": json.loads(config.to_json()), "data": _data_of(file)}
             signed["data"] = {"tokenizer_sha256": signed["data"]["tokenizer_sha256"]}
             check_signed(path, signed, found)
-        tokenizer = Tokenizer.load(path / TOKENIZER)
+        tokenizer = load_row_tokenizer(path)
         model = nnx.eval_shape(
             lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
         )
@@ -102,6 +104,28 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if not path.exists():
         raise ValueError(f"no {path}: {workdir} is not the --workdir of a training run")
     return ConfigDict(read_json(path))
+
+
+def tokenizer_file(directory: Path) -> Path:
+    """Where the tokenizer of a run, or of prepared data, is."""
+    path = directory / HUB_TOKENIZER
+    return path if path.is_file() else directory / TOKENIZER
+
+
+def load_row_tokenizer(directory: Path) -> RowTokenizer:
+    """The tokenizer of a run, or of prepared data.
+
+    Raises:
+      ValueError: there is none, or it is damaged; the message names the file.
+    """
+    path = tokenizer_file(directory)
+    if path.name == TOKENIZER:
+        return Tokenizer.load(path)
+    require("hub", str(path))
+
+    from mqa_jax.hub.row_tokenizer import HubRowTokenizer
+
+    return HubRowTokenizer.load(path)
 
 
 def describe(config: ConfigDict, data: Manifest | None = None) -> dict[str, Any]:
@@ -141,8 +165,8 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
     was = asked = about["data"]
     if (workdir / DATA).exists():
         was = read_json(workdir / DATA)
-    elif (workdir / TOKENIZER).exists():  # Version 0.1 kept the tokenizer alone.
-        was = asked | _data_of(workdir / TOKENIZER)
+    elif tokenizer_file(workdir).exists():  # Version 0.1 kept the tokenizer alone.
+        was = asked | _data_of(tokenizer_file(workdir))
     if lines := [line for _, line in _differences("data", was, asked)]:
         raise ValueError(
             f"{workdir} holds a run on other data:\n  "
@@ -164,9 +188,10 @@ def claim(workdir: Path, about: Mapping[str, Any], data: Path) -> list[str]:
     workdir.mkdir(parents=True, exist_ok=True)
     is_ours = (workdir / CONFIG).exists()
     changes = [line for _, line in _changes(workdir, about)] if is_ours else []
-    partial = workdir / f"{TOKENIZER}.partial"
-    shutil.copyfile(data / TOKENIZER, partial)
-    os.replace(partial, workdir / TOKENIZER)
+    tokenizer = tokenizer_file(data)
+    partial = workdir / f"{tokenizer.name}.partial"
+    shutil.copyfile(tokenizer, partial)
+    os.replace(partial, workdir / tokenizer.name)
     _write(workdir / DATA, about["data"])
     _write(workdir / CONFIG, about["config"])  # The last: it makes the directory a run's.
     return changes
@@ -188,9 +213,10 @@ def check_signed(workdir: Path, signed: Mapping[str, Any], about: Mapping[str, A
         if name != "config" or not _is_free(field)
     ]
     if lines:
+        tokenizer = tokenizer_file(workdir)
         raise ValueError(
-            f"{workdir / CONFIG}, {workdir / TOKENIZER} or the data is not what the checkpoint was "
-            "trained with (there: in the checkpoint, asked: now):\n  "
+            f"{workdir / CONFIG}, {tokenizer} or the data is not what the checkpoint was trained "
+            "with (there: in the checkpoint, asked: now):\n  "
             + "\n  ".join(lines)
             + f"\nput it back; {RUN} in the folder of a checkpoint has the config"
         )

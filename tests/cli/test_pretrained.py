@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import tokenizers
-from checkpoints import write
+from checkpoints import WORDS, write, write_words
 from flax import nnx
 
 import mqa_jax
@@ -14,17 +13,13 @@ from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.rules import Forbid
 from mqa_jax.hub import load
 
-WORDS = {f"w{i}": i for i in range(31)}
 LINES = ["w3 w17 w5", "", "w29 w2", "w11"]
 
 
 @pytest.fixture
 def directory(tmp_path):
     """A GPT-2 whose tokens are words, which asks for two beams, and never says w7."""
-    directory = write(tmp_path / "gpt2", "gpt2")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    directory = write_words(write(tmp_path / "gpt2", "gpt2"))
     generation = dict(eos_token_id=[4, 9], num_beams=2, length_penalty=0.5, bad_words_ids=[[7]])
     (directory / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "lines").write_text("\n".join(LINES) + "\n")

@@ -24,7 +24,7 @@ from mqa_jax import (
 from mqa_jax.decode.batches import BUCKET
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.lines import LineDecoder
-from mqa_jax.decode.prompts import generate
+from mqa_jax.decode.prompts import generate, left_aligned
 from mqa_jax.measure.timing import no_compilation
 
 BOS, EOS, END = 1, 2, 11  # EOS ends what is given, END what is decoded: a token that comes by soon.
@@ -386,6 +386,34 @@ def test_prompts_of_generate(model_type):
         np.testing.assert_array_equal(broken.is_finite, [True, False])
         np.testing.assert_array_equal(broken.tokens[0], whole.tokens[0])
         np.testing.assert_array_equal(broken.length, [2, 0])
+
+
+@both_models
+def test_prompts_padded_on_the_left(model_type):
+    """By `left_aligned`, traced or not; and a full pass takes them as they are."""
+    model = model_type(CONFIG, rngs=nnx.Rngs(0))
+    rows = [[BOS, 5, 7, 3], [BOS, 9], [BOS, 4, 4, 8, 6, 3]]
+    lengths_B = np.array([len(row) for row in rows])
+    left_BP = np.array([[0] * (6 - len(row)) + row for row in rows])
+    right_BP = np.array([row + [0] * (6 - len(row)) for row in rows])
+    for aligned in (left_aligned, jax.jit(left_aligned)):
+        np.testing.assert_array_equal(aligned(left_BP, lengths_B), right_BP)
+        vectors = aligned(np.stack([left_BP, -left_BP], axis=2), lengths_B)
+        np.testing.assert_array_equal(vectors, np.stack([right_BP, -right_BP], axis=2))
+    if model_type is DecoderOnly:
+        index_BP = np.arange(6)[None] - (6 - lengths_B)[:, None]
+        logits_BPV = model(
+            left_BP,
+            segment_ids=(index_BP >= 0).astype(np.int32),
+            positions=np.maximum(index_BP, 0),
+        )
+        for row, logits_PV in zip(rows, logits_BPV, strict=True):
+            alone = model(np.array([row]))[0]
+            np.testing.assert_allclose(logits_PV[-len(row) :], alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"lengths_B\[1\] .*7"):
+        left_aligned(left_BP, np.array([4, 7, 6]))
+    with pytest.raises(ValueError, match=r"not \[3, 6\] and \[2\]"):
+        left_aligned(left_BP, lengths_B[:2])
 
 
 @both_models

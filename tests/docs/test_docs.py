@@ -1,5 +1,6 @@
 """The documentation: its examples run as they stand, the notebook runs, the site builds."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from checkpoints import write, write_words
+
+from mqa_jax.hub import load
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
@@ -49,25 +53,48 @@ def test_the_recipe_for_own_text_runs_as_typed(tmp_path):
     """With fewer steps."""
     for name in ("train.py", "decode.py", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    page = (ROOT / "docs/guides/own_text.md").read_text(encoding="utf-8")
+    run_commands("own_text", tmp_path)
+    inputs = (tmp_path / "text/test.en").read_text().splitlines()
+    for output in ("test.fr", "continued.fr"):
+        assert (tmp_path / output).read_text().count("\n") == len(inputs) == 20
+
+
+@pytest.mark.slow
+def test_the_page_of_the_hub_runs_as_typed(tmp_path):
+    """With fewer steps, on a Llama of words."""
+    write_words(write(tmp_path / "DIR", "llama_linear", max_position_embeddings=1024))
+    generation = dict(bos_token_id=1, eos_token_id=2)
+    (tmp_path / "DIR/generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "text").mkdir()
+    for name in ("prompts.txt", "english.txt", "right.txt", "text/train.txt"):
+        (tmp_path / name).write_text("w3 w5 w0\nw7\n" * 64)
+    (tmp_path / "text/validation.txt").write_text("w3 w5\n")
+    run_commands("pretrained", tmp_path)
+    for name in ("answers.txt", "german.txt"):
+        assert (tmp_path / name).read_text().count("\n") == 128
+    assert json.loads((tmp_path / "runs/model/benchmark.json").read_text())["costs"]
+    assert load(tmp_path / "mine").tokenizer.encode("w3 w5") == [3, 5]
+
+
+def run_commands(guide, directory):
+    """All of a guide's but what installs, with few steps of training."""
+    page = (ROOT / f"docs/guides/{guide}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
-    commands = re.sub(r"(train\.steps)=\d+", r"\1=4", "\n".join(["set -e", *blocks]))
+    commands = "\n".join(["set -e", *(block for block in blocks if "pip install" not in block)])
+    commands = re.sub(r"(train\.steps)=\d+", r"\1=4", commands)
     commands = re.sub(r"(train\.\w+_steps)=\d+", r"\1=2", commands)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = ENVIRONMENT | {"PATH": path, "JAX_PLATFORMS": "cpu"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
     result = subprocess.run(
         ["bash", "-c", commands],
-        cwd=tmp_path,
+        cwd=directory,
         env=environment,
         capture_output=True,
         text=True,
         timeout=1800,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    inputs = (tmp_path / "text/test.en").read_text().splitlines()
-    for output in ("test.fr", "continued.fr"):
-        assert (tmp_path / output).read_text().count("\n") == len(inputs) == 20
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from mqa_jax import (
     causal_mask,
     dot_product_attention,
     greedy,
+    left_aligned,
     make_mesh,
     on_mesh,
     padding_mask,
@@ -112,6 +113,8 @@ def models(ids_BT: Array) -> list[list[int]]:
     logits = translator(ids_BT, ids_BT)
     del logits
     generate = Generator(language_model, search=greedy, batch_size=2, bos_id=1)
+    lengths_B: Array = jnp.array([2, 3])
+    ids_BT = left_aligned(ids_BT, lengths_B)
     return generate.tokens(nnx.state(language_model), [[1, 5], np.array([1, 6, 7])])
 
 

@@ -1,0 +1,129 @@
+"""What a run starts from: weights that are drawn, or `config.init_from`.
+
+That is a directory of the Hugging Face hub, or the workdir of another run. The model and the
+tokenizer are then that one's, and the config's model says only how it is trained.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mqa_jax.core.extras import require
+from mqa_jax.core.paths import local_path, read_json
+from mqa_jax.data.tokenizer import RowTokenizer
+from mqa_jax.train.checkpoint import Checkpoints
+from mqa_jax.train.workdir import CHECKPOINTS, CONFIG, load_config, load_row_tokenizer, load_run
+
+if TYPE_CHECKING:
+    from mqa_jax.hub import Pretrained
+
+# The fields of `config.model` that say how a model is trained, not which one it is.
+OWN_FIELDS = (
+    *("dropout_rate", "attention_dropout_rate", "relu_dropout_rate"),
+    *("remat", "dtype", "param_dtype"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+      config: the run's, with the model that it is of.
+      tokenizer: of the text; None to train one.
+      params: from the shapes and places of the weights to the weights; None to draw them.
+    """
+
+    config: ConfigDict
+    tokenizer: RowTokenizer | None = None
+    params: Callable[[nnx.State, Mesh], nnx.State] | None = None
+
+
+def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
+    """Resolves `config.init_from`; no weight is read.
+
+    Args:
+      config: as a config file gives it.
+      workdir: the run's own. Once it is a run's that began so, what it began from need not be there
+        any more.
+
+    Raises:
+      ValueError: `init_from` is not a directory of a model, or the model is of another task.
+    """
+    if not (text := config.get("init_from", "")):
+        return Start(config)
+    if not isinstance(text, str):
+        raise ValueError(f"--config.init_from must be a directory, not {text!r}")
+    path = local_path("--config.init_from", text)
+    if workdir is not None and (workdir / CONFIG).is_file():
+        path = workdir if load_config(workdir).get("init_from") else path
+    if not (path / CONFIG).is_file():
+        raise ValueError(
+            f"--config.init_from {text!r} has no {CONFIG}: give a directory of the hub, or the "
+            "workdir of a run"
+        )
+    is_run = "model_type" not in read_json(path / CONFIG)
+    task, model, tokenizer, params = _of_run(path) if is_run else _of_hub(path, config)
+    if task != config.task:
+        raise ValueError(
+            f"--config.init_from {text!r} is a {task}, and the config's task is {config.task!r}: "
+            "give a config of that task"
+        )
+    # A copy: fields that follow a field of the model keep the values that they have.
+    fields = config.to_dict()
+    fields["model"] = model | {name: config.model[name] for name in OWN_FIELDS}
+    fields["data"]["vocab_size"] = model["vocab_size"]
+    return Start(ConfigDict(fields), tokenizer, params)
+
+
+def pretrained(workdir: str | Path) -> "Pretrained":
+    """A run that began from a directory of the hub, as `mqa_jax.hub.save` writes it back.
+
+    Raises:
+      ValueError: it did not, or as `load_run`.
+    """
+    run = load_run(workdir)
+    require("hub", "a directory of the hub")
+
+    from mqa_jax.hub import Pretrained
+    from mqa_jax.hub.row_tokenizer import HubRowTokenizer
+
+    if not isinstance(tokenizer := run.tokenizer, HubRowTokenizer):
+        raise ValueError(
+            f"{workdir} has a tokenizer of its own, which no library of the hub's knows: "
+            "`hub.save(directory, model, family=...)` writes the model alone"
+        )
+    model = nnx.merge(nnx.graphdef(run.model), run.params)
+    return Pretrained(model, tokenizer.tokenizer, tokenizer.generation, tokenizer.family)
+
+
+def _of_run(path: Path) -> tuple[str, dict[str, Any], RowTokenizer, Any]:
+    config = load_config(path)
+
+    def params(like: nnx.State, _: Mesh) -> nnx.State:
+        with Checkpoints(path / CHECKPOINTS) as checkpoints:
+            return checkpoints.restore_params(like)
+
+    return config.task, config.model.to_dict(), load_row_tokenizer(path), params
+
+
+def _of_hub(path: Path, config: ConfigDict) -> tuple[str, dict[str, Any], RowTokenizer, Any]:
+    require("hub", "--config.init_from")
+
+    from mqa_jax import hub
+    from mqa_jax.hub.row_tokenizer import HubRowTokenizer
+
+    task, model = hub.read_config(path)
+
+    def params(like: nnx.State, mesh: Mesh) -> nnx.State:
+        loaded = hub.load(path, dtype=config.model.param_dtype, mesh=mesh)
+        found = nnx.as_pure(nnx.state(loaded.model))
+        return jax.tree.map(lambda x, y: jax.device_put(x.astype(y.dtype), y.sharding), found, like)
+
+    return task, dataclasses.asdict(model), HubRowTokenizer.of(path), params

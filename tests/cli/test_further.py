@@ -1,0 +1,229 @@
+"""--config.init_from: a run that begins from a directory of the hub, or from another run."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import WORDS, write, write_words
+from flax import nnx
+
+from mqa_jax import hub
+from mqa_jax.cli import main
+from mqa_jax.train.start import pretrained
+
+# Id 0 is a word like others, which fills no row up.
+TEXT = ["w3 w17 w0 w0 w5", "w29 w0", "w0", "w11 w2 w2 w30 w8 w21", "w6 w0 w7 w8 w9 w10 w12 w13"]
+TINY = [
+    "--config.model.dtype=float32",
+    "--config.model.dropout_rate=0",
+    "--config.data.target_length=11",
+    "--config.train.steps=2",
+    "--config.train.batch_size=2",
+    "--config.train.warmup_steps=0",
+    "--config.train.log_every=1",
+    "--config.train.evaluate_every=2",
+    "--config.train.checkpoint_every=1",
+    "--config.evaluate.batch_size=2",
+    "--config.evaluate.lines=0",
+]
+STILL = "--config.train.learning_rate=0"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    directory = write_words(write(tmp_path / "gpt2", "gpt2"))
+    generation = dict(bos_token_id=19, eos_token_id=[4, 9])
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+@pytest.fixture
+def t5(tmp_path):
+    return write_words(write(tmp_path / "t5", "t5", pad_token_id=0, eos_token_id=1), "$A w1")
+
+
+def text(directory, sides):
+    """Files of a language, or of two, of which the second is the first from behind."""
+    directory.mkdir()
+    for split, copies in (("train", 4), ("val", 1), ("validation", 1)):
+        for i, side in enumerate(sides):
+            lines = [" ".join(line.split()[:: (-1) ** i]) for line in TEXT * copies]
+            (directory / f"{split}.{side}").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def train(config, *flags):
+    return main(["train", f"--config={config}", *TINY, *flags])
+
+
+def language_model(tmp_path, *flags):
+    path = tmp_path / "text"
+    path = path if path.exists() else text(path, ["txt"])
+    return train("own_language_model", f"--config.data.path={path}", *flags)
+
+
+def translation(tmp_path, *flags):
+    path = text(tmp_path / "text", ["en", "de"])
+    sizes = ["--config.data.source_length=10", "--config.data.splits.test="]
+    return train("multi30k", f"--config.data.path={path}", *sizes, *flags)
+
+
+def validation(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == "validation"][-1]
+
+
+def log_probability(logits, targets):
+    """Of one row, summed up in float64."""
+    logits = np.asarray(logits, np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return log_probabilities[np.arange(len(targets)), targets].sum()
+
+
+def ids(line):
+    return [WORDS[word] for word in line.split()]
+
+
+def test_a_language_model_of_the_hub_is_trained_on_text_and_written_back(gpt2, tmp_path, capfd):
+    run = tmp_path / "run"
+    start = [f"--config.init_from={gpt2}", f"--workdir={run}"]
+    assert language_model(tmp_path, *start, STILL) == 0
+    assert f"begins with the weights of {gpt2}" in capfd.readouterr().out
+    model = hub.load(gpt2).model
+    total = sum(
+        log_probability(model(np.array([[19, *ids(line)]]))[0], [*ids(line), 4]) for line in TEXT
+    )
+    tokens = sum(len(line.split()) + 1 for line in TEXT)
+    found = validation(run)
+    assert found["tokens"] == tokens
+    np.testing.assert_allclose(found["ln_perplexity"], -total / tokens, rtol=1e-5)
+
+    hub.save(tmp_path / "back", pretrained(run))
+    back = hub.load(tmp_path / "back")
+    for was, now in zip(*map(jax.tree.leaves, map(nnx.state, (model, back.model))), strict=True):
+        np.testing.assert_array_equal(now, was)
+    assert back.tokenizer.encode("w3 w0") == [3, 0]
+    assert (back.generation.eos_ids, back.generation.bos_id) == ((4, 9), 19)
+
+    # What it began from need not be there to go on.
+    shutil.rmtree(gpt2)
+    assert language_model(tmp_path, *start, STILL) == 0
+    assert "nothing is left to train" in capfd.readouterr().out
+    (tmp_path / "lines").write_text("w3 w17\nw0\n")
+    flags = [f"--workdir={run}", f"--input={tmp_path / 'lines'}", f"--output={tmp_path / 'out'}"]
+    assert main(["decode", *flags, "--max_new_tokens=3"]) == 0
+    best = []
+    for prompt in ([19, 3, 17], [19, 0]):
+        row = list(prompt)
+        while len(row) < len(prompt) + 3 and row[-1] != 4:
+            row.append(int(np.argmax(model(np.array([row]))[0, -1])))
+        best.append(" ".join(f"w{id}" for id in row[len(prompt) :] if id != 4))
+    assert [line.strip() for line in (tmp_path / "out").read_text().splitlines()] == best
+
+
+def test_training_moves_the_weights_and_a_run_begins_from_a_run(gpt2, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    learning = ["--config.train.steps=4", "--config.train.learning_rate=0.01"]
+    start = [f"--config.init_from={gpt2}", f"--workdir={first}"]
+    assert language_model(tmp_path, *start, *learning) == 0
+    still = [STILL, f"--config.init_from={first}", f"--workdir={second}"]
+    assert language_model(tmp_path, *still) == 0
+    assert validation(first)["loss"] == pytest.approx(validation(second)["loss"], rel=1e-6)
+    untrained = tmp_path / "untrained"
+    start[1] = f"--workdir={untrained}"
+    assert language_model(tmp_path, *start, STILL) == 0
+    assert validation(first)["loss"] < validation(untrained)["loss"] - 0.01
+    assert json.loads((second / "config.json").read_text())["model"]["d_model"] == 20
+
+
+def test_a_run_with_a_tokenizer_of_its_own_is_begun_from_too(tmp_path, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    sizes = dict(vocab_size=288, d_model=16, d_ff=24, num_layers=1, num_heads=2, head_dim=8)
+    own = [f"--config.model.{name}={size}" for name, size in sizes.items()]
+    assert language_model(tmp_path, f"--workdir={first}", "--config.train.steps=3", *own) == 0
+    start = [f"--config.init_from={first}", f"--workdir={second}"]
+    assert language_model(tmp_path, *start, STILL) == 0
+    assert validation(first)["loss"] == pytest.approx(validation(second)["loss"], rel=1e-6)
+    one, two = (run / "tokenizer.model" for run in (first, second))
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(ValueError, match="has a tokenizer of its own"):
+        pretrained(second)
+
+
+def test_a_translation_model_of_the_hub_is_trained_on_text(t5, tmp_path):
+    run = tmp_path / "run"
+    start = [f"--config.init_from={t5}", f"--workdir={run}", STILL]
+    assert translation(tmp_path, *start, "--config.train.accumulate=2") == 0
+    model = hub.load(t5).model
+    total = 0.0
+    for line in TEXT:
+        source, target = ids(line), ids(line)[::-1]
+        logits = model(np.array([[*source, 1]]), np.array([[0, *target]]))
+        total += log_probability(logits[0], [*target, 1])
+    tokens = sum(len(line.split()) + 1 for line in TEXT)
+    np.testing.assert_allclose(validation(run)["ln_perplexity"], -total / tokens, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--config.model.d_model=64"], "--config.model.d_model: of no effect with"),
+        (["--config.data.vocab_size=64"], "--config.data.vocab_size: of no effect with"),
+        (["--config.data.target_length=12"], "the 11 positions that the model has"),
+        (["--config.init_from=nowhere"], "'nowhere' has no config.json: give a directory"),
+        (["--config.init_from=gs://bucket/model"], "--config.init_from"),
+        (["--config.model.param_dtype=float16"], "is loaded in float32 or bfloat16"),
+    ],
+)
+def test_what_cannot_be_begun_from_is_refused(gpt2, tmp_path, capfd, flags, reason):
+    flags = [f"--config.init_from={gpt2}", f"--workdir={tmp_path / 'run'}", *flags]
+    assert language_model(tmp_path, *flags) == 2
+    assert reason in capfd.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_model_of_another_task_and_one_without_a_tokenizer_are_refused(gpt2, t5, tmp_path, capfd):
+    start = [f"--config.init_from={t5}", f"--workdir={tmp_path / 'run'}"]
+    assert language_model(tmp_path, *start) == 2
+    assert "is a translation, and the config's task is 'language_model'" in capfd.readouterr().err
+    (gpt2 / "tokenizer.json").unlink()
+    start[0] = f"--config.init_from={gpt2}"
+    assert language_model(tmp_path, *start) == 2
+    assert f"{gpt2}: there is no tokenizer that can be read" in capfd.readouterr().err
+
+
+def test_text_that_spells_the_end_is_refused_or_left_out(gpt2, tmp_path, capfd):
+    path = text(tmp_path / "text", ["txt"])
+    with (path / "train.txt").open("a") as file:
+        file.write("w3 w4 w5\n")
+    start = [f"--config.init_from={gpt2}", f"--workdir={tmp_path / 'run'}", STILL]
+    assert language_model(tmp_path, *start, "--config.data.on_invalid=error") == 2
+    error = capfd.readouterr().err
+    assert "line 21" in error and "encoded as 4, the id that ends a text" in error
+    assert language_model(tmp_path, *start) == 0
+    assert "dropped: 1 spells_an_end" in capfd.readouterr().out
+
+
+def test_preparing_needs_the_tokenizer_too(gpt2, tmp_path, capfd):
+    path = text(tmp_path / "text", ["txt"])
+    config = ["--config=own_language_model", f"--config.data.path={path}", *TINY]
+    start = f"--config.init_from={gpt2}"
+    assert main(["prepare", *config, start]) == 0
+    out = capfd.readouterr().out
+    assert "20 examples" in out
+    (data,) = (tmp_path / "data").glob("*/manifest.json")
+    request = json.loads(data.read_text())["request"]
+    assert (request["ids"], request["vocab_size"]) == ([-1, 19, 4], 31)
+    assert language_model(tmp_path, start, f"--workdir={tmp_path / 'run'}", STILL) == 0
+    assert len(list((tmp_path / "data").glob("*/manifest.json"))) == 1
+    benchmark = ["benchmark", "--config=own_language_model", start, "--output_dir=out"]
+    assert main(benchmark) == 2
+    assert "--config.init_from is for training" in capfd.readouterr().err
