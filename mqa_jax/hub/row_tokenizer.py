@@ -61,7 +61,7 @@ class HubRowTokenizer:
             raise ValueError("there is no tokenizer that can be read")
         self.tokenizer: Tokenizer = tokenizer
         self.ids = _special_ids(self.generation, tokenizer, is_translation)
-        self.end_ids = (self.ids.eos,)
+        self.end_ids: tuple[int, ...] = (self.ids.eos,)
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str]) -> "HubRowTokenizer":
