@@ -12,6 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Programs that an earlier command has compiled, small ones too, need not be compiled again.
+CACHED = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 DIGITS = dict(
     zero="null", one="eins", two="zwei", three="drei", four="vier", five="fünf", six="sechs"
 )
@@ -50,8 +56,7 @@ def command(*args, cwd: Path, devices: int = 1, **environment: str) -> dict:
     # One device, as a user has it; the tests' eight are for the tests of shardings.
     environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    # Programs that an earlier command has compiled need not be compiled again.
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")}
+    environment |= CACHED
     return dict(
         args=[sys.executable, *map(str, args)], cwd=cwd, env=os.environ | environment, text=True
     )

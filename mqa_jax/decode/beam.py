@@ -257,9 +257,11 @@ def _search(
     def log_probs(logits_RV: Array, live_BbL: Array, step: Array) -> tuple[Array, Array]:
         """`[B, b, V]` of the tokens, and `[B, b]`, whether those of a hypothesis are no numbers."""
         if ruled is None:
-            log_prob_RV = jax.nn.log_softmax(logits_RV)
-            # NaN, infinity, or minus infinity throughout: all of them are NaN then.
-            is_nan_R = jnp.isnan(log_prob_RV[:, 0])
+            # As `jax.nn.log_softmax`. Where there is NaN, infinity, or minus infinity throughout,
+            # all of it is NaN, and the sum tells: a look at one token's would write all of it out.
+            shifted_RV = logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True)
+            log_sum_R = jnp.log(jnp.sum(jnp.exp(shifted_RV), axis=-1))
+            log_prob_RV, is_nan_R = shifted_RV - log_sum_R[:, None], jnp.isnan(log_sum_R)
         else:
             live_RL = live_BbL.reshape(batch * beam_size, -1)
             if beam_rules.on_log_probs:

@@ -329,7 +329,10 @@ def test_lanes_hold_what_moved_copies_would(kv_heads, lengths):
     np.testing.assert_array_equal(np.isnan(got).all(axis=(1, 2)), is_full)
 
 
-@pytest.mark.parametrize("model_type", [mqa_jax.EncoderDecoder, mqa_jax.DecoderOnly])
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(mqa_jax.EncoderDecoder, marks=pytest.mark.slow), mqa_jax.DecoderOnly],
+)
 @pytest.mark.parametrize(
     ("kv_heads", "options"),
     [(1, {}), (4, {}), (2, dict(positions="rope")), (1, dict(positions="relative"))],

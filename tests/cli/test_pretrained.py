@@ -73,6 +73,7 @@ def test_a_model_without_a_tokenizer_and_two_models_are_refused(directory, tmp_p
     assert "give --workdir, of a training run, or --model" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_by_its_config_alone(directory, tmp_path, capfd):
     (directory / "model.safetensors").unlink()
     args = [f"--model={directory}", f"--output_dir={tmp_path / 'out'}", "--repeats=1"]

@@ -215,16 +215,18 @@ def test_gradients_of_sharded_weights_are_the_same(make):
 
 
 @pytest.mark.parametrize(
-    ("make", "sizes"),
+    ("model_type", "num_kv_heads", "make", "sizes"),
     [
-        (make_mesh, (2, 2, 2)),
-        (explicit_mesh, (2, 2, 2)),
-        *(pytest.param(make_mesh, sizes, marks=pytest.mark.slow) for sizes in ONE_AXIS),
+        (DecoderOnly, 8, make_mesh, (2, 2, 2)),
+        (DecoderOnly, 1, explicit_mesh, (2, 2, 2)),
+        *(
+            pytest.param(EncoderDecoder, *setting, marks=pytest.mark.slow)
+            for setting in (
+                *((1, make_mesh, sizes) for sizes in [*ONE_AXIS, (2, 2, 2)]),
+                *((8, make, (2, 2, 2)) for make in (make_mesh, explicit_mesh)),
+            )
+        ),
     ],
-)
-@pytest.mark.parametrize("num_kv_heads", [1, 8])
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(EncoderDecoder, marks=pytest.mark.slow), DecoderOnly]
 )
 def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, make, sizes):
     config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=num_kv_heads, max_length=16)

@@ -105,6 +105,7 @@ def test_two_translations_of_one_phrase_are_refused(monkeypatch):
         phrases.__wrapped__()
 
 
+@pytest.mark.slow
 def test_dataset(tmp_path):
     builder = NumberPhrases(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()

@@ -446,7 +446,7 @@ def test_no_module_imports_jax_or_tensorflow():
 def test_importing_the_package_is_cheap():
     tree = ast.parse(Path(mqa_jax.data.__file__).read_text())
     imported = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert [node.module for node in imported] == ["mqa_jax.core.extras"]
+    assert [node.module for node in imported] == ["typing", "mqa_jax.core.extras"]
 
 
 def test_manifest_is_json_of_the_request(config):

@@ -18,6 +18,10 @@ from mqa_jax.decode.prompts import generate, score
 from mqa_jax.decode.rules import NoRepeatNgram, PresencePenalty
 
 both_models = pytest.mark.parametrize("model_type", MODELS)
+slow_but_greedy = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "greedy" else pytest.mark.slow) for name in SEARCHES],
+)
 PROMPTS = [[BOS, 5, 7, 3], [BOS, 4], [BOS, *range(3, 11), *range(3, 11), 6], [BOS, 8, 8]]
 
 
@@ -81,7 +85,7 @@ def test_scores_of_given_answers(model_type):
 
 
 @both_models
-@pytest.mark.parametrize("name", SEARCHES)
+@slow_but_greedy
 def test_the_scores_of_tokens_are_those_of_the_same_answer_given(model_type, name):
     model, params = make_model(model_type)
     search = functools.partial(SEARCHES[name], token_scores=True)
@@ -98,7 +102,7 @@ def test_the_scores_of_tokens_are_those_of_the_same_answer_given(model_type, nam
         np.testing.assert_allclose(scores[i], given, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@slow_but_greedy
 def test_a_translation_that_has_begun(name):
     """As if the search were at that place: each row behind a prefix of its own, one of none."""
     model, params = make_model(EncoderDecoder)
@@ -218,7 +222,9 @@ def test_what_makes_no_sense(model_type):
         list(generator.score(params, [[5]], [[6]]))
 
 
-@both_models
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(EncoderDecoder, marks=pytest.mark.slow), DecoderOnly]
+)
 def test_lengths_that_are_traced_and_wrong(model_type):
     model, params = make_model(model_type)
     whole = merged(model, params)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_generate import BOS, END, MODELS, SEARCHES, make_decoder, make_lines, make_model
 
-from mqa_jax import DecoderOnly, beam_search, greedy
+from mqa_jax import DecoderOnly, EncoderDecoder, beam_search, greedy
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.rules import RepetitionPenalty
 from mqa_jax.decode.stream import Stop
@@ -31,7 +31,9 @@ def keys_of(name):
     return jax.random.split(jax.random.key(0), len(PROMPTS)) if name == "sample" else None
 
 
-@both_models
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(EncoderDecoder, marks=pytest.mark.slow), DecoderOnly]
+)
 @pytest.mark.parametrize("name", ["greedy", pytest.param("sample", marks=pytest.mark.slow)])
 def test_pieces_are_the_answers(model_type, name):
     model, params = make_model(model_type)

@@ -11,6 +11,7 @@ import nbclient
 import nbformat
 import pytest
 from checkpoints import write, write_words
+from running import CACHED
 
 from mqa_jax.hub import load
 
@@ -84,8 +85,7 @@ def run_commands(guide, directory):
     commands = re.sub(r"(train\.steps)=\d+", r"\1=4", commands)
     commands = re.sub(r"(train\.\w+_steps)=\d+", r"\1=2", commands)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = ENVIRONMENT | {"PATH": path, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
+    environment = ENVIRONMENT | CACHED | {"PATH": path, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         ["bash", "-c", commands],
         cwd=directory,

@@ -93,6 +93,7 @@ def test_sources_prompts_and_chunks(bad, window):
     jax.tree.map(np.testing.assert_array_equal, cache, expected_cache)
 
 
+@pytest.mark.slow
 def test_a_chunk_whose_padding_lies_behind_the_last_position():
     model = build(mqa_jax.DecoderOnly)
     target = tokens(1, B, MAX_LENGTH)

@@ -129,8 +129,13 @@ def forward(model, source, target, source_lengths=None, **kwargs):
 
 @pytest.mark.parametrize(
     ("cls", "variant", "dtype"),
-    [(cls, variant, "float32") for cls in MODELS for variant in VARIANTS]
-    + [(DecoderOnly, variant, "float32") for variant in PARALLEL]
+    [(DecoderOnly, variant, "float32") for variant in (*VARIANTS, *PARALLEL)]
+    + [(EncoderDecoder, "multi_query", "float32"), (EncoderDecoder, "relative", "float32")]
+    + [
+        pytest.param(EncoderDecoder, variant, "float32", marks=pytest.mark.slow)
+        for variant in VARIANTS
+        if variant not in ("multi_query", "relative")
+    ]
     + [(EncoderDecoder, "multi_query_local", "bfloat16"), (DecoderOnly, "multi_head", "bfloat16")],
 )
 def test_decode_equals_the_full_pass_from_every_prefix_length(cls, variant, dtype):

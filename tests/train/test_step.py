@@ -26,6 +26,7 @@ from stepping import (
     put,
     random_batch,
     sentences,
+    slow_translation,
 )
 
 from mqa_jax.data import BOS_ID
@@ -61,7 +62,7 @@ def sums_alone(task, model, params, pairs, label_smoothing, z_loss):
     return sums, sum(losses)
 
 
-@both_tasks
+@slow_translation
 def test_packing_and_padding_change_nothing(task):
     """The same four sentences: packed into two rows; a row each; and a batch without any."""
     options, size = dict(label_smoothing=0.1, z_loss=1e-2), (6, 9, 14)
@@ -129,7 +130,7 @@ def test_dropout_depends_on_seed_and_step_alone():
     np.testing.assert_allclose(np.mean(losses), evaluated, rtol=0.05)
 
 
-@both_tasks
+@slow_translation
 def test_parts_of_a_batch_add_up_to_the_whole(task):
     """Parts have different numbers of tokens, so that a mean of their means would be another."""
     pairs = sentences((3, 4), (2, 5), (3, 1), (2, 2), (6, 5), (1, 1))
@@ -161,9 +162,8 @@ def test_a_state_on_no_mesh():
         make_train_step(model, GRADIENT_DESCENT, state, seed=0)
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param("translation", marks=pytest.mark.slow), "language_model"]
-)
+@pytest.mark.slow
+@both_tasks
 def test_rematerialization_saves_memory_and_changes_nothing(task):
     batch, results, memory, remats = put(random_batch()), [], [], []
     for remat in (False, True):
