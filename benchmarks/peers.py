@@ -18,7 +18,7 @@ read. A prompt of 512 tokens, or a source of 128; a step is the time to 33 token
 time to the first, over 32.
 
   ours           `hub.load` and `generate`, jitted
-  transformers   `generate`, with its dynamic cache and with its static one
+  transformers   `generate`, with its dynamic cache and its static one; on a GPU if there is one
   ctranslate2    its converter, and `generate_batch` or `translate_batch`
 
 `--peers_python` is the interpreter to run the peers with, where they are installed apart.
@@ -89,12 +89,16 @@ PROMPT = 512
 # Of these models there is one variant, as they are; kinds are of caches and of dtypes.
 HUB_CONTESTANTS = {
     "ours": ("own float32", "own bfloat16"),
-    "transformers": ("dynamic float32", "static float32", "dynamic bfloat16"),
+    "transformers": (
+        *("dynamic float32", "static float32"),
+        *("dynamic bfloat16", "static bfloat16"),
+    ),
     "ctranslate2": ("own float32",),
 }
 
 MODEL = flags.DEFINE_enum("model", "paper", ["paper", *MODELS], "What is decoded with.")
 ONLY = flags.DEFINE_list("contestants", list(CONTESTANTS), "Who takes part.")
+DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16", "int8"], "Of the contestants.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "For greedy decoding.")
 BEAM_BATCH_SIZES = flags.DEFINE_list("beam_batch_sizes", ["1", "8"], "For a beam of 4.")
 ROUNDS = flags.DEFINE_integer("rounds", 2, "How often they take turns.", lower_bound=1)
@@ -115,7 +119,13 @@ def main(_) -> None:
         print(json.dumps(measure(*WORKER.value.split())))
         return
     kinds = CONTESTANTS if MODEL.value == "paper" else HUB_CONTESTANTS
-    records, workers = [], [(name, kind) for name in ONLY.value for kind in kinds[name]]
+    workers = [
+        (name, kind)
+        for name in ONLY.value
+        for kind in kinds[name]
+        if kind.split()[1] in DTYPES.value
+    ]
+    records: list[dict] = []
     with tempfile.TemporaryDirectory() as directory:
         # The same flags; of one given twice, the last one counts.
         arguments = [*sys.argv, f"--directory={directory}"]
@@ -448,17 +458,20 @@ def hub_transformers(cache: str, dtype: str) -> Callable[[int, int], Run]:
     kind = transformers.AutoModelForCausalLM
     if is_translation():
         kind = transformers.AutoModelForSeq2SeqLM
-    model = kind.from_pretrained(DIRECTORY.value, dtype=getattr(torch, dtype)).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = kind.from_pretrained(DIRECTORY.value, dtype=getattr(torch, dtype)).to(device).eval()
 
     def prepare(batch: int, beam_size: int) -> Run:
-        prompt = torch.full((batch, SOURCE if is_translation() else PROMPT), 7)
+        length = SOURCE if is_translation() else PROMPT
+        prompt = torch.full((batch, length), 7, device=device)
         options = dict(attention_mask=torch.ones_like(prompt), num_beams=beam_size)
         options |= dict(do_sample=False, cache_implementation=cache)
 
         @torch.inference_mode()
         def seconds_to(tokens: int) -> float:
             start = time.perf_counter()
-            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+            output = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+            output.cpu()  # Waits for a GPU.
             return time.perf_counter() - start
 
         return difference(seconds_to, 3)
