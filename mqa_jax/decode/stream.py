@@ -186,6 +186,7 @@ class Parts:
         """Compiles both programs, unless that has been done for these shapes."""
         if batch.shape in self._compiled:
             return
+        params = nnx.as_pure(params)
         first = self._first.lower(params, batch.given, batch.keys, limit=batch.limit)
         compiled = first.compile()
         start, decoded, _ = jax.tree.map(
@@ -208,6 +209,8 @@ class Parts:
             where it knows of an end, and the part behind the next is without that row.
         """
         first, more = self._compiled[batch.shape]
+        # Variables are taken apart in Python at every call, which would cost several steps.
+        params = nnx.as_pure(params)
         start, decoded, report = first(params, batch.given, batch.keys)
         steps, is_over = 0, False
         while not is_over:

@@ -154,6 +154,7 @@ def test_training_moves_the_weights_and_a_run_begins_from_a_run(gpt2, tmp_path):
     assert json.loads((second / "config.json").read_text())["model"]["d_model"] == 20
 
 
+@pytest.mark.slow
 def test_a_run_with_a_tokenizer_of_its_own_is_begun_from_too(tmp_path, capfd):
     first, second = tmp_path / "first", tmp_path / "second"
     sizes = dict(vocab_size=272, d_model=16, d_ff=24, num_layers=1, num_heads=2, head_dim=8)
@@ -168,6 +169,7 @@ def test_a_run_with_a_tokenizer_of_its_own_is_begun_from_too(tmp_path, capfd):
         pretrained(second)
 
 
+@pytest.mark.slow
 def test_a_translation_model_of_the_hub_is_trained_on_text(t5, tmp_path):
     run = tmp_path / "run"
     start = [f"--config.init_from={t5}", f"--workdir={run}", STILL]

@@ -57,6 +57,8 @@ class Words:
     def encode(self, text):
         return [*map(int, text.split()), EOS]
 
+    encode_target = encode
+
     def decode(self, ids):
         return " ".join(map(str, ids))
 

@@ -50,6 +50,9 @@ class Bytes:
     def encode(self, text):
         return [*(FIRST + byte for byte in b" " + text.encode()), EOS]
 
+    def encode_target(self, text):
+        return self.encode(text.swapcase())  # Another language.
+
     def decode(self, ids):
         ids = [i for i in ids if i != BOS]
         ids = ids[: ids.index(EOS)] if EOS in ids else ids
@@ -254,7 +257,7 @@ def test_scores_of_lines(model_type):
     )
     encode = Bytes().encode
     if model_type is EncoderDecoder:
-        assert (prompt, answer) == (encode("ab"), encode(" c"))
+        assert (prompt, answer) == (encode("ab"), encode(" C"))
     else:
         # The tokenizer's own space is that of the text.
         assert (prompt, answer) == ([BOS, *encode("ab")[:-1]], encode("c"))

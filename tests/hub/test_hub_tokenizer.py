@@ -189,6 +189,12 @@ def test_marians_ids_are_those_of_its_vocabulary(marian, t5_pieces):
     for text in SENTENCES[:3]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert 1 in tokenizer.encode(SENTENCES[3])
+    # What comes out is of the other file's pieces.
+    (marian / "target.spm").write_bytes(pieces(302, pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
+    both = load_tokenizer(marian, "marian")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(marian / "target.spm"))
+    target = [vocabulary.get(p, 1) for p in own.encode("The fox", out_type=str)]
+    assert both.encode_target("The fox") == [*target, 0] != both.encode("The fox") == found
     # A language in front is one token, any other such text is text.
     assert tokenizer.encode(">>deu<< The fox") == [2, *found]
     assert tokenizer.encode(">>fra<< The fox")[0] != 2
