@@ -67,9 +67,10 @@ def test_the_page_of_the_hub_runs_as_typed(tmp_path):
     generation = dict(bos_token_id=1, eos_token_id=2)
     (tmp_path / "DIR/generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "text").mkdir()
-    for name in ("prompts.txt", "english.txt", "right.txt", "text/train.txt"):
+    for name in ("prompts.txt", "english.txt", "right.txt"):
         (tmp_path / name).write_text("w3 w5 w0\nw7\n" * 64)
-    (tmp_path / "text/validation.txt").write_text("w3 w5\n")
+    for name in ("text/train.txt", "text/validation.txt"):
+        (tmp_path / name).write_text("w3 w5 w0\nw7\n" * 1024)
     run_commands("pretrained", tmp_path)
     for name in ("answers.txt", "german.txt"):
         assert (tmp_path / name).read_text().count("\n") == 128
