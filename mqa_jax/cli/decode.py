@@ -44,7 +44,7 @@ from mqa_jax.decode.beam import TRANSFORMERS, BeamRules, beam_search
 from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import ON_LONG, LineDecoder, LineStats
 from mqa_jax.decode.prompts import Search
-from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty
+from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty, only_text
 from mqa_jax.decode.search import greedy, sample
 
 BEAM_RULES = {"paper": BeamRules(), "transformers": TRANSFORMERS}
@@ -228,7 +228,8 @@ def load_trained(args: flags.FlagValues) -> Source:
 
     run = workdirs.load_run(local_path("--workdir", args.workdir))
     ids = run.tokenizer.ids
-    return Source(run.model, run.params, run.tokenizer, ids.bos, (ids.eos,))
+    rules = only_text(run.tokenizer.vocab_size, run.model.config.vocab_size)
+    return Source(run.model, run.params, run.tokenizer, ids.bos, (ids.eos,), rules=rules)
 
 
 def answers(

@@ -10,7 +10,7 @@ from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
 from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import Tokenizer
-from mqa_jax.decode.rules import Forbid, ForceFirst, ForceLast, Normalize
+from mqa_jax.decode.rules import Forbid, ForceFirst, ForceLast, Normalize, only_text
 from mqa_jax.model.transformer import Model
 
 DTYPES = ("float32", "bfloat16")
@@ -68,7 +68,10 @@ def load_pretrained(args: flags.FlagValues) -> Source:
         bos_id=0 if start is None else start,
         eos_ids=generation.eos_ids or tokenizer.end_ids,
         has_bos=False,
-        rules=_rules(generation),
+        rules=(
+            *_rules(generation),
+            *only_text(tokenizer.vocab_size, pretrained.model.config.vocab_size),
+        ),
     )
 
 

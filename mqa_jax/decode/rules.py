@@ -151,6 +151,12 @@ class Forbid:
         return _forbid(_occurs(lasts_RF, begun_RF, logits_RV), logits_RV)
 
 
+def only_text(tokens: int, vocab_size: int) -> tuple[Forbid, ...]:
+    """What forbids the ids that a tokenizer of so many tokens has no text for: a model's tables may
+    be larger. Nothing where they are not."""
+    return (Forbid(range(tokens, vocab_size)),) if tokens < vocab_size else ()
+
+
 @_rule
 @dataclasses.dataclass(frozen=True)
 class MinNewTokens:

@@ -15,6 +15,7 @@ from mqa_jax.data.manifest import Manifest
 from mqa_jax.data.text import read_lines
 from mqa_jax.data.tokenizer import RowTokenizer
 from mqa_jax.decode.lines import LineDecoder
+from mqa_jax.decode.rules import only_text
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model
 from mqa_jax.train.metrics import bleu, exact_match
@@ -55,7 +56,11 @@ def make_evaluate(
     decoder = LineDecoder(
         model,
         tokenizer,
-        search=functools.partial(greedy, eos_id=tokenizer.ids.eos),
+        search=functools.partial(
+            greedy,
+            eos_id=tokenizer.ids.eos,
+            rules=only_text(tokenizer.vocab_size, model.config.vocab_size),
+        ),
         batch_size=settings.batch_size,
         bos_id=tokenizer.ids.bos,
     )

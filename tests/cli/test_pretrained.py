@@ -65,6 +65,21 @@ def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, t
     assert "w7" not in " ".join(lines)
 
 
+def test_an_id_that_the_tokenizer_has_no_text_for_is_not_decoded(directory, tmp_path, capfd):
+    """Tables of models are larger, of a round number of rows."""
+    beyond = {int(word[1:]) for line in expected(directory) for word in line.split()}
+    fewer = max(beyond - {4, 9})
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: id for word, id in words.items() if id < fewer}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "lines").write_text("w3 w5\nw2\n")
+    flags = ["--max_new_tokens=5", "--beam_size=1"]
+    lines, _ = decoded(tmp_path, capfd, directory, *flags)
+    assert all(int(word[1:]) < fewer for line in lines for word in line.split())
+    assert all(len(line.split()) for line in lines)
+
+
 def test_a_model_without_a_tokenizer_and_two_models_are_refused(directory, tmp_path, capfd):
     (directory / "tokenizer.json").unlink()
     assert main(["decode", f"--model={directory}", f"--input={tmp_path / 'lines'}"]) == 2
