@@ -363,9 +363,9 @@ def _weights_seen_value(weights_BKGTS: Array, value_BKSH: Array, mask_BKGTS: Arr
 
     A hidden NaN times a weight of 0 is NaN. Where all rows of a head see the same, values can be
     hidden on their way into a product that the compiler fuses them with. XLA on a CPU does not, and
-    into a sum it does at a sixth of the time; so there the output is looked at, and made again
-    where it is not finite: that reads nothing twice. So it is, but on a GPU, where rows see
-    different keys.
+    to hide them on their way into a sum makes a step take a sixth more time; so there the output is
+    looked at, and made again where it is not finite: that reads nothing twice. So it is, but on a
+    GPU, where rows see different keys.
     """
     weights_BKRS = weights_BKGTS.reshape(*weights_BKGTS.shape[:2], -1, weights_BKGTS.shape[-1])
     sees_alike = mask_BKGTS.shape[2:4] == (1, 1)

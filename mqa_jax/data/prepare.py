@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mqa_jax.core.lock import locked
 from mqa_jax.data.manifest import (
+    HUB_TOKENIZER,
     MANIFEST,
     RECORD,
     TOKENIZER,
@@ -120,6 +121,9 @@ def _make(
         written = {file.name: FileStats.of(file) for file in sorted(incomplete.iterdir())}
         manifest = Manifest(request=request, splits=splits, files=written)
         manifest.write(incomplete)
+        # One of another kind would be taken for this data's.
+        for name in {TOKENIZER, HUB_TOKENIZER} - written.keys():
+            (directory / name).unlink(missing_ok=True)
         # The manifest comes last: whatever interrupts this, a directory with one is whole.
         for file in sorted(incomplete.iterdir(), key=lambda file: file.name == MANIFEST):
             file.replace(directory / file.name)

@@ -209,7 +209,7 @@ class Parts:
             where it knows of an end, and the part behind the next is without that row.
         """
         first, more = self._compiled[batch.shape]
-        # Variables are taken apart in Python at every call, which would cost several steps.
+        # Variables are taken apart in Python at every call, which would cost a millisecond.
         params = nnx.as_pure(params)
         start, decoded, report = first(params, batch.given, batch.keys)
         steps, is_over = 0, False

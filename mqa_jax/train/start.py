@@ -75,6 +75,11 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
             f"--config.init_from {text!r} is a {task}, and the config's task is {config.task!r}: "
             "give a config of that task"
         )
+    if tokenizer.vocab_size > model["vocab_size"]:
+        raise ValueError(
+            f"--config.init_from {text!r}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+            f"its model vectors for {model['vocab_size']}: they do not belong together"
+        )
     # A copy: fields that follow a field of the model keep the values that they have.
     fields = config.to_dict()
     fields["model"] = model | {name: config.model[name] for name in OWN_FIELDS}

@@ -212,8 +212,12 @@ def test_a_model_of_another_task_and_one_without_a_tokenizer_are_refused(gpt2, t
     start = [f"--config.init_from={t5}", f"--workdir={tmp_path / 'run'}"]
     assert language_model(tmp_path, *start) == 2
     assert "is a translation, and the config's task is 'language_model'" in capfd.readouterr().err
-    (gpt2 / "tokenizer.json").unlink()
     start[0] = f"--config.init_from={gpt2}"
+    path = gpt2 / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w29": 29', '"w29": 31'))
+    assert language_model(tmp_path, *start) == 2
+    assert "ids up to 31, its model vectors for 31" in capfd.readouterr().err
+    path.unlink()
     assert language_model(tmp_path, *start) == 2
     assert f"{gpt2}: there is no tokenizer that can be read" in capfd.readouterr().err
 
@@ -228,6 +232,16 @@ def test_text_that_spells_the_end_is_refused_or_left_out(gpt2, tmp_path, capfd):
     assert "train.txt:41: it has" in error and "encoded as 4, the id that ends a text" in error
     assert language_model(tmp_path, *start) == 0
     assert "dropped: 1 spells_an_end" in capfd.readouterr().out
+
+
+def test_data_that_is_made_anew_keeps_no_other_tokenizer(gpt2, tmp_path):
+    path, made = text(tmp_path / "text", ["txt"]), tmp_path / "made"
+    config = ["--config=own_language_model", f"--config.data.path={path}", *TINY]
+    config += [f"--config.data.dir={made}"]
+    assert main(["prepare", *config, f"--config.init_from={gpt2}"]) == 0
+    (made / "manifest.json").unlink()
+    assert main(["prepare", *config, "--config.model.vocab_size=272"]) == 0
+    assert {file.name for file in made.glob("tokenizer.*")} == {"tokenizer.model"}
 
 
 def test_preparing_needs_the_tokenizer_too(gpt2, tmp_path, capfd):
