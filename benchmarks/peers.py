@@ -415,6 +415,7 @@ def hub_ours(_: str, dtype: str) -> Callable[[int, int], Run]:
     from flax import nnx
 
     from mqa_jax import beam_search, greedy, hub
+    from mqa_jax.core.devices import loop_options
     from mqa_jax.decode.beam import TRANSFORMERS
     from mqa_jax.decode.prompts import generate
 
@@ -430,7 +431,7 @@ def hub_ours(_: str, dtype: str) -> Callable[[int, int], Run]:
             options = dict(beam_size=beam_size, alpha=1.0, beam_rules=TRANSFORMERS)
             search = functools.partial(beam_search, eos_id=None, **options)
 
-        @functools.partial(jax.jit, static_argnums=1)
+        @functools.partial(jax.jit, static_argnums=1, compiler_options=loop_options())
         def program(params, tokens):
             model = nnx.merge(graphdef, params)
             options = dict(search=search, max_new_tokens=tokens, bos_id=start)

@@ -1,4 +1,8 @@
-"""What is published of the devices that JAX runs on."""
+"""What is published of the devices that JAX runs on, and what to tell their compiler."""
+
+import os
+
+import jax
 
 # Published peaks of bfloat16 products in units of 1e12 a second, by what JAX calls a device: a core
 # of TPU v2, v3 and 7x, else a chip.
@@ -15,3 +19,20 @@ PEAK_TFLOP_PER_S = {
     "NVIDIA H100 80GB HBM3": 989,
     "NVIDIA H200": 989,
 }
+
+_CUDA_GRAPHS = "xla_gpu_enable_command_buffer"
+
+
+def loop_options() -> dict[str, str]:
+    """Compiler options for a program with a loop of steps: `lowered.compile(loop_options())`.
+
+    On NVIDIA GPUs the whole loop becomes one CUDA graph. As XLA would have it, each turn is one;
+    the host asks before each whether there is another, and records the graph anew whenever a
+    program is called with arrays that lie elsewhere, which takes milliseconds. XLA_FLAGS that say
+    what becomes a graph are left to say so.
+    """
+    is_nvidia = jax.devices()[0].device_kind.startswith("NVIDIA")
+    if not is_nvidia or _CUDA_GRAPHS in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    kinds = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+    return {_CUDA_GRAPHS: kinds}

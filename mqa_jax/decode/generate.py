@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from mqa_jax.core.checks import check_integer
+from mqa_jax.core.devices import loop_options
 from mqa_jax.decode.arguments import check_token
 from mqa_jax.decode.batches import Batch, Batcher, Prompt
 from mqa_jax.decode.prompts import Search, generate, score
@@ -354,7 +355,8 @@ class Generator:
         key = (run, batch.shape)
         start = time.perf_counter()
         if key not in self._compiled:
-            self._compiled[key] = run.lower(params, batch.given, **options).compile()
+            lowered = run.lower(params, batch.given, **options)
+            self._compiled[key] = lowered.compile(loop_options())
         options.pop("limit", None)
         compiled = time.perf_counter()
         result = jax.device_get(self._compiled[key](params, batch.given, **options))

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from mqa_jax.core.devices import loop_options
 from mqa_jax.decode.batches import Batch
 from mqa_jax.decode.prompts import Search, Start, begin, step_of, told
 from mqa_jax.decode.search import Decoded
@@ -188,7 +189,7 @@ class Parts:
             return
         params = nnx.as_pure(params)
         first = self._first.lower(params, batch.given, batch.keys, limit=batch.limit)
-        compiled = first.compile()
+        compiled = first.compile(loop_options())
         start, decoded, _ = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             first.out_info,
@@ -196,7 +197,7 @@ class Parts:
         )
         most_B = jax.ShapeDtypeStruct(decoded.length.shape, jnp.int32)
         more = self._more.lower(params, start, batch.keys, most_B, decoded)
-        self._compiled[batch.shape] = compiled, more.compile()
+        self._compiled[batch.shape] = compiled, more.compile(loop_options())
 
     def __call__(
         self, params: nnx.State, batch: Batch, most_B: np.ndarray

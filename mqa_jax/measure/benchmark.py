@@ -27,6 +27,7 @@ from flax import nnx
 from jax import Array, lax
 
 from mqa_jax.core.checks import check_integer
+from mqa_jax.core.devices import loop_options
 from mqa_jax.decode.beam import beam_search, expand, reorder
 from mqa_jax.decode.search import greedy
 from mqa_jax.measure.cost import BEAM_SIZE, SEARCHES, Cost
@@ -387,7 +388,7 @@ class _Bench:
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
-        program = jitted.lower(*args).compile()
+        program = jitted.lower(*args).compile(loop_options())
         self.compile_seconds += time.perf_counter() - start
         return program
 

@@ -88,10 +88,14 @@ def test_splits_are_of_the_right_size():
     assert 900 < counts["test"] < 1_100
 
 
+def few(monkeypatch):
+    kinds = {name: dataclasses.replace(kind, count=97) for name, kind in KINDS.items()}
+    monkeypatch.setattr(number_phrases, "KINDS", kinds)
+
+
 def test_phrases_are_the_same_everywhere(monkeypatch):
     """On every Python, and whatever its hash seed, which is random here."""
-    few = {name: dataclasses.replace(kind, count=97) for name, kind in KINDS.items()}
-    monkeypatch.setattr(number_phrases, "KINDS", few)
+    few(monkeypatch)
     text = json.dumps([[en, de, split_of(en)] for en, de in phrases.__wrapped__().items()])
     assert hashlib.sha256(text.encode()).hexdigest() == (
         "edf2ce4719e067ab1b7744c2f6e25bd4d4d6ff25187358791585cc5db7f0d84b"
@@ -106,7 +110,10 @@ def test_two_translations_of_one_phrase_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_dataset(tmp_path):
+def test_dataset(tmp_path, monkeypatch):
+    few(monkeypatch)
+    expected = phrases.__wrapped__()
+    monkeypatch.setattr(number_phrases, "phrases", lambda: expected)
     builder = NumberPhrases(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     seen = {}
@@ -118,5 +125,5 @@ def test_dataset(tmp_path):
         assert not pairs.keys() & seen.keys()
         assert all(split_of(english) == split for english in pairs)
         seen |= pairs
-    assert seen == phrases()
+    assert seen == expected
     assert "tensorflow" not in sys.modules

@@ -1,0 +1,26 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mqa_jax.core import devices
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "is_told"),
+    [
+        ("NVIDIA H100 80GB HBM3", "", True),
+        ("NVIDIA H100 80GB HBM3", "--xla_gpu_enable_command_buffer=FUSION", False),
+        ("AMD Instinct MI300X", "", False),
+        ("cpu", "", False),
+    ],
+)
+def test_a_loop_is_one_cuda_graph_where_there_are_such(kind, flags, is_told, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    options = devices.loop_options()
+    assert bool(options) == is_told
+    # XLA knows each of the words: it refuses others on a CPU, too.
+    loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 2, x))
+    assert loop.lower(jnp.zeros((), int)).compile(options)(jnp.zeros((), int)) == 10
