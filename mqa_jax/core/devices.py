@@ -24,7 +24,7 @@ _CUDA_GRAPHS = "xla_gpu_enable_command_buffer"
 
 
 def loop_options() -> dict[str, str]:
-    """Compiler options for a program with a loop of steps: `lowered.compile(loop_options())`.
+    """Compiler options for a loop whose end the device decides: `lowered.compile(loop_options())`.
 
     On NVIDIA GPUs the whole loop becomes one CUDA graph. As XLA would have it, each turn is one;
     the host asks before each whether there is another, and records the graph anew whenever a

@@ -285,9 +285,8 @@ class _Bench:
             decoded = greedy(step_fn, cache, tokens_B, max_new_tokens=self.steps)
             return decoded.tokens, decoded.cache
 
-        program = self._compile(
-            decode, self.params, self.cache, self.context, self.tokens_B, donate=1
-        )
+        args = (self.params, self.cache, self.context, self.tokens_B)
+        program = self._compile(decode, *args, donate=1, options=loop_options())
 
         def run() -> float:
             cache = _with_length(self.cache, self.context_length - self.steps)
@@ -342,7 +341,7 @@ class _Bench:
             return decoded.tokens, decoded.steps
 
         args = (self.params, cache, self.context, self.tokens_B)
-        program = self._compile(decode, *args)
+        program = self._compile(decode, *args, options=loop_options())
         # Every run begins with expanding the caches, which is no part of a step.
         expand_beams = self._compile(functools.partial(expand, beam_size=BEAM_SIZE), cache)
 
@@ -384,11 +383,15 @@ class _Bench:
         return lambda tokens_R, cache: model.decode(tokens_R, cache, *context)
 
     def _compile(
-        self, function: Callable, *args: Any, donate: int | None = None
+        self,
+        function: Callable,
+        *args: Any,
+        donate: int | None = None,
+        options: dict[str, str] | None = None,
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
-        program = jitted.lower(*args).compile(loop_options())
+        program = jitted.lower(*args).compile(options)
         self.compile_seconds += time.perf_counter() - start
         return program
 

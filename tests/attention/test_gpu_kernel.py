@@ -148,11 +148,25 @@ def _kernel_everywhere(monkeypatch):
     jax.clear_caches()
 
 
+LATER = dict(rope=mqa_jax.Rope(), qk_norm=True, scale=0.7, qkv_bias=True, out_bias=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("window", [None, 3])
-def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, window, _kernel_everywhere):
-    attention = mqa_jax.Attention(12, 4, kv_heads, H, window=window, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("kv_heads", "options"),
+    [
+        (1, {}),
+        (4, {}),
+        (1, dict(window=3)),
+        (4, dict(window=3)),
+        (2, LATER),
+        (1, LATER | dict(window=3)),
+    ],
+)
+def test_decoding_through_the_kernel_equals_the_full_pass(kv_heads, options, _kernel_everywhere):
+    attention = mqa_jax.Attention(12, 4, kv_heads, H, **options, rngs=nnx.Rngs(0))
+    state = nnx.state(attention)  # Biases begin at 0, which would hide where they are left out.
+    nnx.update(attention, jax.tree.map(lambda p: p + 0.1 * normal(p.size, *p.shape), state))
     x, lengths = normal(5, 2, 7, 12), np.array([2, 4])
     full = attention(x, is_causal=True)
     _, cache = attention.prefill(x[:, :4], attention.init_cache(2, 7), lengths)

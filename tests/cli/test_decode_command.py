@@ -1,14 +1,18 @@
 """`decode` as a user types it: text in, text out, and what is refused."""
 
+import dataclasses
 import gzip
 import re
 import subprocess
 import time
 
 import pytest
+from absl.flags import FlagValues
 from running import ROOT, behind, command, run_well
 
+from mqa_jax.cli import decode as decode_command
 from mqa_jax.cli import main
+from mqa_jax.decode.beam import TRANSFORMERS, BeamRules
 from mqa_jax.train import workdir
 
 
@@ -57,6 +61,29 @@ def test_n_best_outputs_and_scores_of_given_ones(project, capfd):
     assert decode(project, f"--input={source}", f"--reference={given}", "--score") == 0
     scores = list(map(float, capfd.readouterr().out.splitlines()))
     assert len(scores) == 6 and all(score < 0 for score in scores)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rules"),
+    [
+        ([], BeamRules()),
+        (["--beam_rules=transformers"], TRANSFORMERS),
+        *(
+            (
+                ["--beam_rules=transformers", f"--early_stopping={text}"],
+                dataclasses.replace(TRANSFORMERS, early_stopping=value),
+            )
+            for text, value in (("true", True), ("false", False), ("never", "never"))
+        ),
+        (["--early_stopping=never"], BeamRules(early_stopping="never")),
+    ],
+)
+def test_flags_choose_the_rules_of_a_beam_search(flags, rules):
+    args = FlagValues()
+    decode_command.define(args)
+    args(["decode", "--beam_size=3", *flags])
+    source = decode_command.Source(None, None, None, bos_id=0, eos_ids=(1,))
+    assert decode_command.build_search(args, source).keywords["beam_rules"] == rules
 
 
 def test_rules_and_stops(project, capfd):

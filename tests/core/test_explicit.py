@@ -14,13 +14,14 @@ from arrays import TOLERANCE, close, normal
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mqa_jax import Attention, dot_product_attention, sample
+from mqa_jax import Attention, RelativeBias, Rope, dot_product_attention, sample
 from mqa_jax.core.explicit import partition
 from mqa_jax.core.sharding import ShardingRules
 from mqa_jax.model.layers import Embedding, FeedForward
 
 BATCH, HEADS = ("data", "fsdp"), "tensor"
-B, T, D, N, H = 8, 7, 16, 4, 5
+B, T, D, N, H = 8, 7, 16, 4, 6
+LATER = dict(qk_norm=True, softcap=1.0, scale=0.7, qkv_bias=True, out_bias=True)
 same = functools.partial(jax.tree.map, functools.partial(close, **TOLERANCE["float32"]))
 
 
@@ -47,15 +48,20 @@ def entries(array):
 
 
 # Chunks of a prompt, one token, and what a row of its own length leaves behind.
-def decode(attention, x):
+def decode(attention, x, bias=None):
     cache = attention.init_cache(B, 9)
     lengths = np.array([4, 3, 2, 1, 0, 1, 2, 3])
-    outputs = []
+    outputs = [attention(x, is_causal=True, bias=bias)]
     for first, last, new in ((0, 4, lengths), (4, 6, None), (6, 7, None)):
-        output, cache = attention.prefill(x[:, first:last], cache, new)
+        output, cache = attention.prefill(x[:, first:last], cache, new, bias=bias)
         outputs.append(output)
-    output, cache = attention.decode(x[:, :1], cache)
+    output, cache = attention.decode(x[:, :1], cache, bias=bias)
     return outputs, output, cache
+
+
+def with_bias(attention, x):
+    """T5's, on the same mesh."""
+    return decode(attention, x, RelativeBias(N, num_buckets=5, distance=6, rngs=nnx.Rngs(1)))
 
 
 def cross(attention, x):
@@ -64,24 +70,29 @@ def cross(attention, x):
 
 
 @pytest.mark.parametrize(
-    ("num_kv_heads", "window", "use", "compiled", "is_set"),
+    ("num_kv_heads", "options", "use", "compiled", "is_set"),
     [
-        (1, None, decode, True, True),
-        (2, 3, decode, True, False),
-        (2, None, decode, False, False),
-        (4, None, cross, True, True),
-        (4, None, cross, False, False),
+        (1, {}, decode, True, True),
+        (2, dict(window=3), decode, True, False),
+        (2, {}, decode, False, False),
+        (4, {}, cross, True, True),
+        (4, {}, cross, False, False),
+        (2, LATER | dict(rope=Rope()), decode, True, True),
+        (1, LATER | dict(window=3, rope=Rope()), decode, False, False),
+        (4, LATER, with_bias, True, True),
+        (2, LATER, with_bias, False, False),
+        (2, LATER, cross, False, True),
     ],
 )
-def test_attention_and_its_caches(mesh, num_kv_heads, window, use, compiled, is_set):
-    attention = Attention(D, N, num_kv_heads, H, window=window, rngs=nnx.Rngs(0))
+def test_attention_and_its_caches(mesh, num_kv_heads, options, use, compiled, is_set):
+    attention = Attention(D, N, num_kv_heads, H, **options, rngs=nnx.Rngs(0))
     x = normal(1, B, T, D)
     expected = use(attention, x)
     run = jax.jit(use) if compiled else use
     with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         got = run(split_weights(mesh, attention), split(mesh, x))
     same(got, expected)
-    cache = got[2] if use is decode else got[0][1]
+    cache = got[0][1] if use is cross else got[2]
     kv_heads = HEADS if num_kv_heads % 2 == 0 else None
     assert entries(cache.key) == (BATCH, kv_heads, None, None)
     assert entries(jax.tree.leaves(got)[0])[0] == BATCH

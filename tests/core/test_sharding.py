@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mqa_jax import Attention, DecoderOnly, EncoderDecoder, TransformerConfig, beam_search, greedy
 from mqa_jax.core.sharding import MESH_AXES, ShardingRules, make_mesh, on_mesh
+from mqa_jax.decode.rules import Forbid, MinNewTokens, NoRepeatNgram, RepetitionPenalty
 
 CONFIG = TransformerConfig(
     vocab_size=40,
@@ -214,23 +215,61 @@ def test_gradients_of_sharded_weights_are_the_same(make):
     jax.tree.map(close, gradient(sharded, batch), gradient(params, x))
 
 
+# What later models are made of, all of it in three of them.
+LATER = {
+    "rope": dict(
+        positions="rope",
+        num_kv_heads=2,
+        qk_norm=True,
+        bias=("qkv", "out", "mlp"),
+        gated=True,
+        activation="silu",
+        block="sandwich",
+        window=(5, None),
+        attention_softcap=1.0,
+        logits_softcap=2.0,
+    ),
+    "relative": dict(
+        positions="relative",
+        relative_buckets=6,
+        relative_distance=9,
+        num_kv_heads=8,
+        cross_kv_heads=1,
+        norm="layer",
+        block="post",
+        bias=("logits",),
+        tied_softmax=False,
+    ),
+    "parallel": dict(positions="sinusoidal", num_kv_heads=1, block="parallel", parallel_norms=2),
+}
+RULES = [RepetitionPenalty(1.3), NoRepeatNgram(2), MinNewTokens(3, 1), Forbid((7, (5, 6)))]
+
+
 @pytest.mark.parametrize(
-    ("model_type", "num_kv_heads", "make", "sizes"),
+    ("model_type", "options", "make", "sizes"),
     [
-        (DecoderOnly, 8, make_mesh, (2, 2, 2)),
-        (DecoderOnly, 1, explicit_mesh, (2, 2, 2)),
+        (DecoderOnly, dict(num_kv_heads=8), make_mesh, (2, 2, 2)),
+        (DecoderOnly, dict(num_kv_heads=1), explicit_mesh, (2, 2, 2)),
         *(
-            pytest.param(EncoderDecoder, *setting, marks=pytest.mark.slow)
-            for setting in (
-                *((1, make_mesh, sizes) for sizes in [*ONE_AXIS, (2, 2, 2)]),
-                *((8, make, (2, 2, 2)) for make in (make_mesh, explicit_mesh)),
+            pytest.param(model_type, *setting, marks=pytest.mark.slow)
+            for model_type, *setting in (
+                *(
+                    (EncoderDecoder, dict(num_kv_heads=1), make_mesh, sizes)
+                    for sizes in [*ONE_AXIS, (2, 2, 2)]
+                ),
+                (EncoderDecoder, dict(num_kv_heads=8), explicit_mesh, (2, 2, 2)),
+                (DecoderOnly, LATER["rope"], make_mesh, (2, 2, 2)),
+                (DecoderOnly, LATER["rope"], explicit_mesh, (2, 2, 2)),
+                (DecoderOnly, LATER["parallel"], explicit_mesh, (2, 2, 2)),
+                (EncoderDecoder, LATER["relative"], explicit_mesh, (2, 2, 2)),
             )
         ),
     ],
 )
-def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, make, sizes):
-    config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=num_kv_heads, max_length=16)
+def test_sharded_decoding_gives_the_same_tokens(model_type, options, make, sizes):
+    config = dataclasses.replace(CONFIG, num_heads=8, max_length=16, **options)
     graphdef, params = nnx.split(model_type(config, rngs=nnx.Rngs(3)))
+    is_later = "positions" in options
     source = jax.random.randint(jax.random.key(1), (8, 11), 2, 40)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -246,6 +285,7 @@ def test_sharded_decoding_gives_the_same_tokens(model_type, num_kv_heads, make, 
             source[:, 4],
             max_new_tokens=11,
             eos_id=1,
+            **dict(rules=RULES, prompt=(source[:, :4], np.full(8, 4))) if is_later else {},
         )
         return decoded.tokens, decoded.length
 
