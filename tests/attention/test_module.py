@@ -234,8 +234,16 @@ def test_one_head_in_half_precision_at_batch_one(dtype):
     close(crossed, both_ways, rtol=4e-2, atol=4e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("kv_heads", "window"), [(6, None), (1, None), (3, 3)])
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "dtype"),
+    [
+        (6, None, "bfloat16"),
+        (1, None, "float32"),
+        (1, None, "float16"),
+        (3, 3, "float32"),
+        (3, 3, "bfloat16"),
+    ],
+)
 def test_caches_of_another_dtype_than_the_activations(kv_heads, window, dtype):
     other = "bfloat16" if dtype == "float32" else "float32"
     attention = module(kv_heads, window=window, dtype=dtype)

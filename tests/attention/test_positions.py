@@ -176,8 +176,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (3, 3)])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_full_pass_and_all_caches_equal_loops(way, kv_heads, window):
     options, bias, turn, bias_at = WAYS[way]

@@ -21,24 +21,21 @@ from mqa_jax.train import workdir
     [[], ["--beam_size=3"], ["--sample", "--temperature=0.8", "--top_k=9", "--top_p=0.9"]],
     ids=["greedy", "beam", "sample"],
 )
-def test_decode_writes_a_line_for_each_and_prints_figures(project, tmp_path, search):
-    decode = [ROOT / "decode.py", f"--workdir={project}/run", "--batch_size=4", *search]
+def test_decode_writes_a_line_for_each_and_prints_figures(project, tmp_path, capfd, search):
     source, reference = project / "test_2016_flickr.en", project / "test_2016_flickr.de"
-    output = tmp_path / "out.de"
-    result = run_well(
-        *decode,
-        f"--input={source}",
-        f"--output={output}",
-        f"--reference={reference}",
-        cwd=tmp_path,
-    )
+    output, options = tmp_path / "out.de", ["--batch_size=4", *search]
+    files = [f"--input={source}", f"--output={output}", f"--reference={reference}"]
+    assert decode(project, *options, *files) == 0
     assert output.read_text().count("\n") == 6
+    figures = capfd.readouterr().err
     for text in ("6 lines", "tokens/s", "ms per step", "BLEU", "nrefs:1", "exact match"):
-        assert text in result.stderr
-    # The same from standard input to standard output, in another order and other batches.
-    lines = source.read_text().splitlines()
-    if "--sample" not in search:  # what a line draws depends on where it stands
-        piped = run_well(*decode, cwd=tmp_path, input="\n".join(lines[::-1]) + "\n")
+        assert text in figures
+    if not search:
+        # The same from standard input to standard output, in another order and other batches, by
+        # the script.
+        lines = source.read_text().splitlines()
+        script = [ROOT / "decode.py", f"--workdir={project}/run", *options]
+        piped = run_well(*script, cwd=tmp_path, input="\n".join(lines[::-1]) + "\n")
         assert piped.stdout.splitlines()[::-1] == output.read_text().splitlines()
 
 

@@ -76,12 +76,11 @@ def cross(attention, x):
         (2, dict(window=3), decode, True, False),
         (2, {}, decode, False, False),
         (4, {}, cross, True, True),
-        (4, {}, cross, False, False),
+        pytest.param(4, {}, cross, False, False, marks=pytest.mark.slow),
         (2, LATER | dict(rope=Rope()), decode, True, True),
-        (1, LATER | dict(window=3, rope=Rope()), decode, False, False),
-        (4, LATER, with_bias, True, True),
-        (2, LATER, with_bias, False, False),
-        (2, LATER, cross, False, True),
+        pytest.param(4, LATER, with_bias, True, True, marks=pytest.mark.slow),
+        pytest.param(2, LATER | dict(window=3), with_bias, False, True, marks=pytest.mark.slow),
+        pytest.param(2, LATER, cross, True, True, marks=pytest.mark.slow),
     ],
 )
 def test_attention_and_its_caches(mesh, num_kv_heads, options, use, compiled, is_set):

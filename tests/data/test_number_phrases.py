@@ -59,6 +59,7 @@ def test_phrases_are_right(phrase, english, german):
     assert phrase == (english, german)
 
 
+@pytest.mark.slow
 def test_all_kinds_are_there():
     """Each has the words that it alone uses, and small numbers are not rare among them."""
     german = phrases()
@@ -71,6 +72,7 @@ def test_all_kinds_are_there():
         assert 4_500 < sum(f" {code} " in de for de in german.values()) < 5_500
 
 
+@pytest.mark.slow
 def test_german_is_regular():
     for english, german in phrases().items():
         assert "einstausend" not in german and "einshundert" not in german
@@ -79,6 +81,7 @@ def test_german_is_regular():
         assert (english, german) == (english.strip(), german.strip())
 
 
+@pytest.mark.slow
 def test_splits_are_of_the_right_size():
     counts = {"train": 0, "validation": 0, "test": 0}
     for english in phrases():

@@ -29,8 +29,12 @@ def test_only_a_newline_ends_a_line_and_marks_are_no_text(content, lines, tmp_pa
     (tmp_path / "text.gz").write_bytes(gzip.compress(content))
     assert read_lines(tmp_path / "text") == lines
     assert read_lines(tmp_path / "text.gz") == lines
+
+
+def test_standard_input_is_read_as_files_are():
+    """Where the locale is not UTF-8, too."""
+    content = BOM + "a\r\nb\u2028c\n\nd".encode()
     program = "from mqa_jax.data.text import read_lines; print(ascii(read_lines('-')))"
-    # As where the locale is not UTF-8.
     piped = subprocess.run(
         [sys.executable, "-X", "utf8=0", "-c", program],
         input=content,
@@ -38,7 +42,7 @@ def test_only_a_newline_ends_a_line_and_marks_are_no_text(content, lines, tmp_pa
         check=True,
         env={"LC_ALL": "C", "PYTHONPATH": ":".join(sys.path), "PYTHONCOERCECLOCALE": "0"},
     )
-    assert piped.stdout.decode().strip() == ascii(lines)
+    assert piped.stdout.decode().strip() == ascii(["a", "b\u2028c", "", "d"])
 
 
 @pytest.mark.parametrize(

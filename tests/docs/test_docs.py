@@ -27,7 +27,7 @@ EXAMPLES = [
     for page in PAGES
     for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), start=1)
 ]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)} | CACHED
 
 
 @pytest.mark.parametrize("block", EXAMPLES)
@@ -86,7 +86,7 @@ def run_commands(guide, directory):
     commands = re.sub(r"(train\.steps)=\d+", r"\1=4", commands)
     commands = re.sub(r"(train\.\w+_steps)=\d+", r"\1=2", commands)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = ENVIRONMENT | CACHED | {"PATH": path, "JAX_PLATFORMS": "cpu"}
+    environment = ENVIRONMENT | {"PATH": path, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         ["bash", "-c", commands],
         cwd=directory,

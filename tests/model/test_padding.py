@@ -70,8 +70,7 @@ def test_training_rows_of_both_models(bad):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("bad", "window"), [*zip(BAD, (None, 3, None, 3), strict=True)])
 def test_sources_prompts_and_chunks(bad, window):
     source, _ = padded(tokens(0, B, S), [5, 2, 4], bad)
     target, is_target = padded(tokens(1, B, T), [3, 7, 5], bad)
@@ -123,7 +122,7 @@ def test_a_bad_id_stays_in_its_sentence_of_a_packed_row(bad):
         np.testing.assert_array_equal(np.isnan(got[0, 0]).all(), cls is mqa_jax.EncoderDecoder)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_caches_of_a_dtype_of_their_own(dtype):
     target = tokens(1, B, T)
     model = build(mqa_jax.DecoderOnly)

@@ -127,16 +127,28 @@ def forward(model, source, target, source_lengths=None, **kwargs):
     return call(model, source, target, **kwargs)
 
 
+# The rest of them is slow; each variant is here with one of both models.
+QUICK = [
+    (EncoderDecoder, "multi_query"),
+    (EncoderDecoder, "relative"),
+    (EncoderDecoder, "post"),
+    (DecoderOnly, "multi_head_local"),
+    (DecoderOnly, "rope"),
+    (DecoderOnly, "sandwich"),
+    (DecoderOnly, "parallel"),
+]
+
+
 @pytest.mark.parametrize(
     ("cls", "variant", "dtype"),
-    [(DecoderOnly, variant, "float32") for variant in (*VARIANTS, *PARALLEL)]
-    + [(EncoderDecoder, "multi_query", "float32"), (EncoderDecoder, "relative", "float32")]
+    [(*case, "float32") for case in QUICK]
     + [
-        pytest.param(EncoderDecoder, variant, "float32", marks=pytest.mark.slow)
-        for variant in VARIANTS
-        if variant not in ("multi_query", "relative")
+        pytest.param(cls, variant, "float32", marks=pytest.mark.slow)
+        for cls, variants in ((EncoderDecoder, VARIANTS), (DecoderOnly, VARIANTS | PARALLEL))
+        for variant in variants
+        if (cls, variant) not in QUICK
     ]
-    + [(EncoderDecoder, "multi_query_local", "bfloat16"), (DecoderOnly, "multi_head", "bfloat16")],
+    + [(EncoderDecoder, "multi_query_local", "bfloat16")],
 )
 def test_decode_equals_the_full_pass_from_every_prefix_length(cls, variant, dtype):
     model = build(cls, variant, dtype=dtype)
@@ -216,11 +228,13 @@ def test_encoder_decoder_equals_numpy(kv_heads):
 @pytest.mark.parametrize(
     ("cls", "variant"),
     [
-        (cls, variant)
-        for cls in MODELS
-        for variant in ("multi_query", "multi_head_local", "rope", "relative", "post")
-    ]
-    + [(DecoderOnly, "parallel")],
+        (EncoderDecoder, "multi_head_local"),
+        (EncoderDecoder, "rope"),
+        (EncoderDecoder, "relative"),
+        (DecoderOnly, "multi_query"),
+        (DecoderOnly, "post"),
+        (DecoderOnly, "parallel"),
+    ],
 )
 def test_packed_rows_equal_the_sentences_alone(cls, variant):
     model = build(cls, variant)
@@ -335,8 +349,14 @@ def test_decode_past_the_last_position_is_nan_in_its_row(variant):
     assert np.isfinite(logits[::2]).all()
 
 
-@pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate", "relu_dropout_rate"])
-@pytest.mark.parametrize("cls", MODELS)
+@pytest.mark.parametrize(
+    ("cls", "rate"),
+    [
+        (EncoderDecoder, "dropout_rate"),
+        (EncoderDecoder, "attention_dropout_rate"),
+        (DecoderOnly, "relu_dropout_rate"),
+    ],
+)
 def test_each_dropout_rate_alone_takes_effect_where_rngs_are_given(cls, rate):
     source, target = tokens(0, 2, S), tokens(1, 2, T)
     plain = forward(build(cls), source, target)
