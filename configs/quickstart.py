@@ -3,7 +3,7 @@
     python train.py --config=configs/quickstart.py --workdir=DIR
 
 "two hundred and five dollars" to "zweihundertfünf Dollar": 60,000 phrases that need no download.
-Expected: over 98 % of phrases never seen translated to the letter, after about three minutes on two
+Expected: over 98 % of phrases never seen translated to the letter, after about two minutes on two
 cores.
 """
 
@@ -25,13 +25,13 @@ def get_config(variant: str = "multi_query") -> ConfigDict:
     config.data.update(builder="number_phrases", dir="data/number_phrases")
     config.data.update(source_length=64, target_length=48)
     config.train.update(
-        steps=1_000,
+        steps=500,
         batch_size=32,
         optimizer="adamw",
         learning_rate=0.05,
-        hold_steps=400,
-        warmup_steps=200,
-        decay_steps=500,
+        hold_steps=200,
+        warmup_steps=100,
+        decay_steps=250,
         evaluate_every=250,
         checkpoint_every=250,
         keep_checkpoints=2,

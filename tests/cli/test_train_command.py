@@ -55,7 +55,7 @@ def test_quickstart_learns_to_translate_phrases_it_has_never_seen(tmp_path):
     run_well(
         ROOT / "train.py",
         f"--config={ROOT}/configs/quickstart.py",
-        "--config.train.evaluate_every=1000",
+        "--config.train.evaluate_every=500",
         "--workdir=run",
         cwd=tmp_path,
     )

@@ -59,7 +59,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(project):
             assert kept[-1] == max(losses(running.workdir))
         done = max(losses(running.workdir), default=0)
         progress.append(kept[-1] if kept else 0)
-    assert progress == sorted(progress) and len(set(progress)) > KILLS // 2, progress
+    assert progress == sorted(progress) and len(set(progress)) > KILLS // 3, progress
     train(project, "disturbed", *OPTIONS)
     assert final_bytes(running.workdir) == final_bytes(project / "undisturbed")
     assert losses(running.workdir) == losses(project / "undisturbed")
