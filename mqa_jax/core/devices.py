@@ -1,6 +1,8 @@
 """What is published of the devices that JAX runs on, and what to tell their compiler."""
 
+import functools
 import os
+import warnings
 
 import jax
 
@@ -34,5 +36,16 @@ def loop_options() -> dict[str, str]:
     is_nvidia = jax.devices()[0].device_kind.startswith("NVIDIA")
     if not is_nvidia or _CUDA_GRAPHS in os.environ.get("XLA_FLAGS", ""):
         return {}
-    kinds = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
-    return {_CUDA_GRAPHS: kinds}
+    return _known("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL")
+
+
+@functools.cache
+def _known(kinds: str) -> dict[str, str]:
+    """XLA refuses what it has no such name for, and names are not promised to stay."""
+    options = {_CUDA_GRAPHS: kinds}
+    try:
+        jax.jit(lambda: 0).lower().compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        warnings.warn(f"decoding will ask the host before every step: {error}", stacklevel=3)
+        return {}
+    return options

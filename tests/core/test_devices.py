@@ -20,7 +20,12 @@ def test_a_loop_is_one_cuda_graph_where_there_are_such(kind, flags, is_told, mon
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
     monkeypatch.setenv("XLA_FLAGS", flags)
     options = devices.loop_options()
+    # XLA, which refuses others on a CPU too, knows each of the words.
     assert bool(options) == is_told
-    # XLA knows each of the words: it refuses others on a CPU, too.
     loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 2, x))
     assert loop.lower(jnp.zeros((), int)).compile(options)(jnp.zeros((), int)) == 10
+
+
+def test_a_name_that_xla_does_not_know_is_left_out_and_told():
+    with pytest.warns(UserWarning, match="before every step: .*'FISSION' is not a valid enum"):
+        assert devices._known("FUSION,FISSION") == {}
