@@ -79,7 +79,7 @@ def cross(attention, x):
         pytest.param(4, {}, cross, False, False, marks=pytest.mark.slow),
         (2, LATER | dict(rope=Rope()), decode, True, True),
         pytest.param(4, LATER, with_bias, True, True, marks=pytest.mark.slow),
-        pytest.param(2, LATER | dict(window=3), with_bias, False, True, marks=pytest.mark.slow),
+        pytest.param(2, LATER | dict(window=3), with_bias, True, False, marks=pytest.mark.slow),
         pytest.param(2, LATER, cross, True, True, marks=pytest.mark.slow),
     ],
 )

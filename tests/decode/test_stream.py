@@ -32,9 +32,9 @@ def keys_of(name):
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(EncoderDecoder, marks=pytest.mark.slow), DecoderOnly]
+    ("model_type", "name"),
+    [(DecoderOnly, "greedy"), pytest.param(EncoderDecoder, "sample", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("name", ["greedy", pytest.param("sample", marks=pytest.mark.slow)])
 def test_pieces_are_the_answers(model_type, name):
     model, params = make_model(model_type)
     search = functools.partial(SEARCHES[name], rules=[RepetitionPenalty(1.2)])
@@ -73,8 +73,15 @@ def test_the_first_piece_comes_before_the_last_step(model_type):
 
 
 @pytest.mark.slow
-@both_models
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        (DecoderOnly, "greedy"),
+        (EncoderDecoder, "greedy"),
+        (DecoderOnly, "sample"),
+        (EncoderDecoder, "beam_search"),
+    ],
+)
 def test_an_answer_ends_at_a_string(model_type, name):
     """Where it would go on: with the token that completes it, in whatever part that comes."""
     model, params = make_model(model_type)
