@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from running import train, write_text
+from running import WITH_BLEU, train, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -30,5 +30,5 @@ def project(tmp_path_factory) -> Path:
     """A directory with parallel text and, under `run`, a model trained on it for 8 steps."""
     directory = tmp_path_factory.mktemp("project")
     write_text(directory)
-    train(directory, "run")
+    train(directory, "run", WITH_BLEU)
     return directory

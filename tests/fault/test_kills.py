@@ -21,7 +21,6 @@ OPTIONS = [
     f"--config.train.steps={20 * KILLS}",
     "--config.train.checkpoint_every=2",
     f"--config.train.evaluate_every={20 * KILLS}",
-    "--config.evaluate.lines=0",
 ]
 
 

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from running import Running, checkpoints, losses, records, run_well, train_args
+from running import WITH_BLEU, Running, checkpoints, losses, records, run_well, train_args
 
 MESHES = {
     "rows_apart": ["--config.mesh.data=2", "--config.mesh.fsdp=2"],
@@ -17,10 +17,11 @@ MESHES = {
 def test_processes_train_as_one(project, mesh, processes):
     """To rounding, as sums are made in another order; the same batches, so the same tokens."""
     name, devices = f"{mesh}_{processes}", 4 // processes
-    with Running(project, name, *MESHES[mesh], processes=processes, devices=devices) as running:
+    options = [*MESHES[mesh], WITH_BLEU]
+    with Running(project, name, *options, processes=processes, devices=devices) as running:
         assert running.exit_codes() == [0] * processes, running.output()
     one = project / f"{name}_one"
-    run_well(*train_args(project, one.name, *MESHES[mesh]), cwd=project, devices=4)
+    run_well(*train_args(project, one.name, *options), cwd=project, devices=4)
     for kind in ("train", "validation"):
         ours, theirs = records(running.workdir, kind), records(one, kind)
         assert len(ours) == len(theirs) == (8 if kind == "train" else 1)

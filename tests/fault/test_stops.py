@@ -5,7 +5,18 @@ import signal
 import time
 
 import pytest
-from running import Running, behind, checkpoints, losses, records, run, run_well, train, train_args
+from running import (
+    WITH_BLEU,
+    Running,
+    behind,
+    checkpoints,
+    losses,
+    records,
+    run,
+    run_well,
+    train,
+    train_args,
+)
 
 # Time for a signal to arrive between two steps.
 SLOWLY = """
@@ -150,17 +161,18 @@ loader.eval_batches = eval_batches
 def test_an_evaluation_that_was_killed_is_made_up_for(project):
     """Of the last step too, whose checkpoint says that the run is done; and not twice."""
     kill = IN_EVALUATION % "os.kill(os.getpid(), signal.SIGKILL)"
-    with Running(project, "unevaluated", "--config.train.evaluate_every=3", setup=kill) as killed:
+    options = ["--config.train.evaluate_every=3", WITH_BLEU]
+    with Running(project, "unevaluated", *options, setup=kill) as killed:
         assert killed.exit_codes() == [-signal.SIGKILL], killed.output()
     # The save of step 3 went on meanwhile; if it was not done, the step is done again.
-    train(project, "unevaluated", "--config.train.evaluate_every=3")
+    train(project, "unevaluated", *options)
     assert [r["step"] for r in records(killed.workdir, "validation")] == [3, 6, 8]
     metrics = killed.workdir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     (last,) = (line for line in lines if '"validation", "step": 8,' in line)
     metrics.write_text("".join(line for line in lines if line != last))
     for _ in range(2):
-        train(project, "unevaluated", "--config.train.evaluate_every=3")
+        train(project, "unevaluated", *options)
     made_up, before = records(killed.workdir, "validation")[-1], json.loads(last)
     assert [r["step"] for r in records(killed.workdir, "validation")] == [3, 6, 8]
     assert {**made_up, "time": 0} == {**before, "time": 0}
