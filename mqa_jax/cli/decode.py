@@ -138,7 +138,6 @@ def check(args: flags.FlagValues) -> None:
             (not args.score, "with --score", SEARCH_FLAGS),
             (args.sample, "without --sample", "temperature top_k top_p min_p seed"),
             (args.model, "without --model", "dtype"),
-            (args.beam_size > 1, "without a --beam_size above 1", BEAM_FLAGS),
         ],
     )
     if args.score and args.reference is None:
@@ -157,16 +156,24 @@ def check(args: flags.FlagValues) -> None:
         check_number("--repetition_penalty", args.repetition_penalty, above=0)
     if "" in args.stop:
         raise ValueError("--stop must be a string that is not empty")
+    if args.model is None or args.sample or args["beam_size"].present:
+        check_beams(args)  # Else the directory may ask for some.
     if args.n_best is not None:
-        if args.n_best > args.beam_size:
-            raise ValueError(
-                f"--n_best={args.n_best} is more than there are with --beam_size={args.beam_size}"
-            )
         if args.on_long == "split":
             raise ValueError("--n_best and --on_long=split exclude each other")
         if args.reference is not None:
             raise ValueError("--n_best and --reference exclude each other: BLEU is of one output")
     check_files(args)
+
+
+def check_beams(args: flags.FlagValues) -> None:
+    """Raises a ValueError for flags of a beam search that do not go with --beam_size."""
+    is_beam_search = args.beam_size > 1
+    refuse_idle(args, [(is_beam_search, "without a --beam_size above 1", BEAM_FLAGS)])
+    if args.n_best is not None and args.n_best > args.beam_size:
+        raise ValueError(
+            f"--n_best={args.n_best} is more than there are with --beam_size={args.beam_size}"
+        )
 
 
 def run(args: flags.FlagValues) -> None:
@@ -200,6 +207,7 @@ def run(args: flags.FlagValues) -> None:
         batch_size = max(1, min(batch_size, len(lines)))
     with writing(output) as write:
         trained = load_trained(args) if args.model is None else load_pretrained(args)
+        check_beams(args)
         decoder = LineDecoder(
             trained.model,
             trained.tokenizer,

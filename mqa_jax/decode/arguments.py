@@ -21,6 +21,8 @@ from mqa_jax.core.checks import check_integer, check_number
 # The token that ends a row, or several of them, each of which does; None: there is no such token.
 EndIds = int | Sequence[int] | Array | None
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def check_search(
     step_fn: Callable,
@@ -129,7 +131,8 @@ def end_ids(eos_id: EndIds, vocab_size: int) -> Array:
 def per_row(
     name: str, value: ArrayLike, rows: tuple[int, ...], hint: str = "", **limits: float
 ) -> np.ndarray | Array:
-    """`value`, `[]` or `[B]`, as `[]` or `[B, 1]`; checked in float64 unless it is traced."""
+    """`value`, `[]` or `[B]`, as `[]` or `[B, 1]`; checked in float64 unless it is traced, and for
+    being a number in float32 too."""
     shape = np.shape(value)
     if shape not in ((), rows):
         raise ValueError(
@@ -145,4 +148,6 @@ def per_row(
         numbers = np.array([check_number(name, number, **limits) for number in flat])
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
+    for number in numbers[abs(numbers) > _LARGEST]:
+        raise ValueError(f"{name} must be a number of float32, which {number} is too large for")
     return numbers.reshape(column)

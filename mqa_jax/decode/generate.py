@@ -382,6 +382,7 @@ class Generator:
 
 def _no_answer(name: str, length: int) -> ValueError:
     return ValueError(
-        f"{name}: the model's logits were NaN or infinite behind {length} new tokens, so nothing "
-        "can be decoded: check that its weights are finite, and that they are of this model"
+        f"{name}: the model's logits were NaN or infinite behind {length} new tokens, or no token "
+        "was left by the rules, so nothing can be decoded: check that its weights are finite, that "
+        "they are of this model, and what is forbidden"
     )

@@ -178,7 +178,7 @@ class MinNewTokens:
                 f"{list(np.shape(self.count))} of them"
             )
         for count in known_values(self.count):
-            check_integer("MinNewTokens", count, least=0)
+            check_integer("MinNewTokens", count, least=0, most=2**31 - 1)
         end_ids(self.eos_id, vocab_size)
 
     def __call__(self, logits_RV: Array, history: History) -> Array:

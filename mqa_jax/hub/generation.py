@@ -119,9 +119,10 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
     if "length_penalty" in keys:
         fields["length_penalty"] = keys.number("length_penalty", above=-1e9)
     if "early_stopping" in keys:
-        if keys.get("early_stopping") not in (True, False, "never"):
+        early_stopping = keys.get("early_stopping")
+        if not isinstance(early_stopping, bool) and early_stopping != "never":
             raise keys.refused("early_stopping", 'not true, false or "never"')
-        fields["early_stopping"] = keys.get("early_stopping")
+        fields["early_stopping"] = early_stopping
     return Generation(**fields)
 
 

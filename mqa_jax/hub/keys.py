@@ -45,7 +45,8 @@ class Keys:
         return ValueError(f"{self.where}: {key} is {self._values.get(key)!r}, {why}")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        return check_integer(f"{self.where}: {key}", self._get(key, default), least=least)
+        value = self._get(key, default)
+        return check_integer(f"{self.where}: {key}", value, least=least, most=2**31 - 1)
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
         return check_number(f"{self.where}: {key}", self._get(key, default), above=above)

@@ -26,12 +26,12 @@ def directory(tmp_path):
     return directory
 
 
-def decoded(tmp_path, capfd, directory, *flags):
+def decoded(tmp_path, capfd, directory, *flags, status=0):
     output = tmp_path / "output"
     source = f"--input={tmp_path / 'lines'}"
-    status = main(["decode", f"--model={directory}", source, f"--output={output}", *flags])
+    got = main(["decode", f"--model={directory}", source, f"--output={output}", *flags])
     errors = capfd.readouterr().err
-    assert status == 0, errors
+    assert got == status, errors
     return output.read_text().split("\n")[:-1], errors
 
 
@@ -63,6 +63,14 @@ def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, t
     assert "directory says" not in errors
     assert [line.strip() for line in lines] == expected(directory)
     assert "w7" not in " ".join(lines)
+    # Its beams are beams for the flags, too.
+    lines, errors = decoded(tmp_path, capfd, directory, "--max_new_tokens=5", "--n_best=2")
+    assert [line.split(" ||| ")[0] for line in lines][:2] == ["0", "0"]
+    _, errors = decoded(tmp_path, capfd, directory, "--n_best=3", status=2)
+    assert "--n_best=3 is more than there are with --beam_size=2" in errors
+    (directory / "generation_config.json").unlink()
+    _, errors = decoded(tmp_path, capfd, directory, "--n_best=2", status=2)
+    assert "--n_best: of no effect without a --beam_size above 1" in errors
 
 
 def test_an_id_that_the_tokenizer_has_no_text_for_is_not_decoded(directory, tmp_path, capfd):

@@ -234,6 +234,8 @@ def test_what_decodes_comes_from_the_directory(tmp_path):
         (dict(bad_words_ids=[[]]), "without an id"),
         (dict(num_beams=1.5), "num_beams must be an integer"),
         (dict(early_stopping="maybe"), "early_stopping is 'maybe'"),
+        (dict(early_stopping=1), "early_stopping is 1, not true"),
+        (dict(num_beams=2**31), "num_beams must be from 0 to 2147483647"),
         (dict(length_penalty="long"), "length_penalty must be a finite number"),
     ],
 )
