@@ -81,6 +81,7 @@ def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
         repetition_penalty=generation.repetition_penalty,
         no_repeat_ngram=generation.no_repeat_ngram_size or None,
         min_new_tokens=generation.min_new_tokens,
+        max_new_tokens=generation.max_new_tokens,
     )
     if args.sample:
         for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -100,6 +101,12 @@ def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
     if taken:
         shown = " ".join(f"--{name}={value}" for name, value in taken.items())
         print(f"as the model's directory says: {shown}", file=sys.stderr)
+    unheeded = [*generation.unheeded]
+    # Counts the prompt of a language model, which differs from line to line.
+    if generation.min_length and not args["min_new_tokens"].present:
+        unheeded.append("min_length (give --min_new_tokens)")
+    if unheeded:
+        print(f"not as the model's directory says: {', '.join(unheeded)}", file=sys.stderr)
 
 
 def _rules(generation: Any) -> tuple[Rule, ...]:

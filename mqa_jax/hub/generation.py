@@ -41,6 +41,7 @@ class Generation:
       min_p: likewise the least, as a part of the greatest.
       repetition_penalty: of ids that were there before.
       no_repeat_ngram_size: sequences of that many ids do not come twice.
+      unheeded: keys that ask for what there is no field for, and change what is decoded.
     """
 
     eos_ids: tuple[int, ...] = ()
@@ -66,6 +67,7 @@ class Generation:
     min_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    unheeded: tuple[str, ...] = ()
 
 
 # Their keys, of fields that are an id, a number, and so on.
@@ -83,6 +85,25 @@ _COUNTS = (
 )
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _FLAGS = dict(renormalize="renormalize_logits", do_sample="do_sample")
+# What they are where they ask for nothing, beside null, an empty list and false.
+_UNKNOWN: dict[str, float | None] = dict(
+    begin_suppress_tokens=None,
+    constraints=None,
+    diversity_penalty=0.0,
+    encoder_no_repeat_ngram_size=0,
+    encoder_repetition_penalty=1.0,
+    epsilon_cutoff=0.0,
+    eta_cutoff=0.0,
+    exponential_decay_length_penalty=None,
+    force_words_ids=None,
+    guidance_scale=1.0,
+    num_beam_groups=1,
+    penalty_alpha=0.0,
+    sequence_bias=None,
+    stop_strings=None,
+    typical_p=1.0,
+    watermarking_config=None,
+)
 
 
 def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> Generation:
@@ -104,9 +125,11 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
     fields: dict[str, Any] = {}
     for field, key in _ONE_ID.items():
         if key in keys:
-            fields[field] = _ids(keys, key, keys.get(key), vocab_size)[0]
+            fields[field], *others = _ids(keys, key, keys.get(key), vocab_size)
+            if others:
+                raise keys.refused(key, "of which only one is known what to do with")
     for field, key in _SOME_IDS.items():
-        if key in keys:
+        if keys.get(key, []) != []:
             fields[field] = _ids(keys, key, keys.get(key), vocab_size)
     if "bad_words_ids" in keys:
         words = keys.get("bad_words_ids")
@@ -123,6 +146,9 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
         if not isinstance(early_stopping, bool) and early_stopping != "never":
             raise keys.refused("early_stopping", 'not true, false or "never"')
         fields["early_stopping"] = early_stopping
+    fields["unheeded"] = tuple(
+        key for key, nothing in _UNKNOWN.items() if keys.get(key) and keys.get(key) != nothing
+    )
     return Generation(**fields)
 
 
@@ -132,7 +158,7 @@ def write_generation(generation: Generation) -> dict[str, Any]:
     written = {}
     for field in dataclasses.fields(generation):
         value = getattr(generation, field.name)
-        if value != field.default:
+        if value != field.default and field.name != "unheeded":
             written[words.get(field.name, field.name)] = _listed(value)
     if len(generation.eos_ids) == 1:
         written["eos_token_id"] = generation.eos_ids[0]

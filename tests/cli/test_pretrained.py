@@ -68,6 +68,12 @@ def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, t
     assert [line.split(" ||| ")[0] for line in lines][:2] == ["0", "0"]
     _, errors = decoded(tmp_path, capfd, directory, "--n_best=3", status=2)
     assert "--n_best=3 is more than there are with --beam_size=2" in errors
+    generation = dict(max_new_tokens=2, min_length=9, diversity_penalty=0.5)
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    lines, errors = decoded(tmp_path, capfd, directory)
+    assert "directory says: --max_new_tokens=2" in errors
+    assert "not as the model's directory says: diversity_penalty, min_length (give" in errors
+    assert max(len(line.split()) for line in lines) == 2
     (directory / "generation_config.json").unlink()
     _, errors = decoded(tmp_path, capfd, directory, "--n_best=2", status=2)
     assert "--n_best: of no effect without a --beam_size above 1" in errors

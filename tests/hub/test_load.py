@@ -212,6 +212,13 @@ def test_a_config_alone_has_the_weights_of_its_checkpoint(tmp_path):
         assert own == loaded
 
 
+def test_what_nobody_obeys_is_told(tmp_path):
+    directory = write(tmp_path, "llama")
+    values = dict(typical_p=1.0, begin_suppress_tokens=[], num_beam_groups=2, stop_strings=["x"])
+    (directory / "generation_config.json").write_text(json.dumps(values | dict(top_k=50)))
+    assert load(directory).generation.unheeded == ("num_beam_groups", "stop_strings")
+
+
 def test_what_decodes_comes_from_the_directory(tmp_path):
     directory = write(tmp_path, "marian", num_beams=3, bad_words_ids=[[30]])
     generation = load(directory).generation
@@ -227,6 +234,8 @@ def test_what_decodes_comes_from_the_directory(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (dict(suppress_tokens=[], bad_words_ids=[3]), None),
+        (dict(forced_eos_token_id=[3, 4]), r"forced_eos_token_id is \[3, 4\], of which only one"),
         (dict(eos_token_id=31), "eos_token_id is 31, not an id.* 0 to 30"),
         (dict(eos_token_id=[1, True]), r"eos_token_id is \[1, True\]"),
         (dict(bad_words_ids=[3]), None),
