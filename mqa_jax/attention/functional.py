@@ -196,6 +196,9 @@ def attend_seen(
     if 0 in (query_BTNH.size, key_BKSH.size):
         return jnp.zeros_like(query_BTNH), is_bad_BTN
     (key_BKSH, is_bad_key_BKS), (value_BKSH, is_bad_value_BKS) = map(finite, (key_BKSH, value_BKSH))
+    if logits.bias is not None and logits.softcap is not None:
+        # What hides a bias is behind the cap, whose slope would be NaN there.
+        logits = dataclasses.replace(logits, bias=jnp.where(mask, logits.bias, 0.0))
     output_BTNH = attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, logits, dropout)
     sees_bad_BKGT = _sees(by_group(mask, key_BKSH.shape[1]), is_bad_key_BKS | is_bad_value_BKS)
     # `G` and `T` may be 1 in here, and are not in the queries.

@@ -4,6 +4,7 @@ Their files are made by anyone: a broken one is a ValueError that names it.
 """
 
 import abc
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -118,8 +119,8 @@ class FastTokenizer(Tokenizer):
         at = next(i for i in range(len(ids) + 1) if ids[i : i + len(plain)] == plain)
         self.begin_ids, self.end_ids = tuple(ids[:at]), tuple(ids[at + len(plain) :])
 
-    @property
-    def vocab_size(self) -> int:
+    @functools.cached_property
+    def vocab_size(self) -> int:  # The library makes a dict to tell.
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def _encode(self, text: str) -> list[int]:
@@ -185,7 +186,7 @@ class MarianTokenizer(Tokenizer):
         self._silent = {vocabulary.get(piece) for piece in ("<unk>", "<pad>", "</s>")}
         self.end_ids = (vocabulary["</s>"],)
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         return max(self._pieces) + 1
 
@@ -248,7 +249,9 @@ def load_tokenizer(directory: Path, model_type: str) -> Tokenizer | None:
 def _fast(path: Path, read: Any, files: Mapping[str, bytes]) -> FastTokenizer:
     try:
         return FastTokenizer(read(), files)
-    except Exception as error:  # The library raises no narrower one.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # The library raises no narrower ones; a panic is no Exception.
         raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
 
 

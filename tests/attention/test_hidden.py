@@ -73,6 +73,23 @@ def test_of_keys_and_values_only_those_seen_reach_outputs_and_gradients(
             close(gradient, wanted, **TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_hidden_bias_has_no_gradient_through_a_cap(bad):
+    arrays = normal(0, B, T, N, H), normal(2, B, T, 3, H), normal(3, B, T, 3, H)
+    mask = np.tril(np.ones((T, T), bool))[None, None]
+
+    def loss(arrays, bias):
+        output = mqa_jax.dot_product_attention(*arrays, mask=mask, bias=bias, softcap=2.0)
+        return jnp.sum(output**2)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    bias = normal(4, 1, N, T, T)
+    expected = run(arrays, bias)
+    got = run(arrays, jnp.where(mask, bias, bad))
+    for actual, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        close(actual, wanted, **TOLERANCE["float32"])
+
+
 def test_a_query_that_is_not_finite_stays_alone():
     """Its output is NaN, and the keys that it saw have the gradients of the other queries."""
     query, key, value = normal(0, B, T, N, H), normal(2, B, T, 3, H), normal(3, B, T, 3, H)

@@ -2,15 +2,17 @@
 
 import io
 import json
+import zipfile
 
 import pytest
 import sentencepiece
 import tokenizers
-from checkpoints import write
+from checkpoints import write, write_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqa_jax.hub import load, load_tokenizer, save
+from mqa_jax.hub.row_tokenizer import HubRowTokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -271,3 +273,44 @@ def test_it_is_loaded_with_the_model_and_saved_again(tmp_path):
     assert again.sha256 == pretrained.tokenizer.sha256
     (directory / "tokenizer_config.json").write_text('{"a": 1}')
     assert load(directory).tokenizer.sha256 != again.sha256
+
+
+def test_a_panic_of_the_library_is_a_broken_file(tmp_path):
+    write_words(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    single = [{"Sequence": {"id": "B", "type_id": 0}}]
+    content["post_processor"] = dict(
+        type="TemplateProcessing", single=single, pair=[], special_tokens={}
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer that can be read"):
+        load_tokenizer(tmp_path, "llama")
+
+
+def test_the_library_counts_its_tokens_once(tmp_path):
+    """It makes a dict of all of them, which takes as long as to decode a text."""
+
+    class Counting:
+        def __init__(self, tokenizer):
+            self.tokenizer, self.asked = tokenizer, 0
+
+        def __getattr__(self, name):
+            self.asked += name.startswith("get_vocab")
+            return getattr(self.tokenizer, name)
+
+    tokenizer = load_tokenizer(write_words(tmp_path), "llama")
+    tokenizer._tokenizer = counting = Counting(tokenizer._tokenizer)
+    for _ in range(2):
+        assert tokenizer.decode([3, 5, 30]) == "w3 w5 w30"
+    assert counting.asked <= 1
+
+
+@pytest.mark.parametrize("at", range(40, 100, 20))
+def test_a_damaged_archive_is_none(at):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", json.dumps({f"key {i}": i * i for i in range(99)}))
+    content = bytearray(packed.getvalue())
+    content[at : at + 9] = b"\xff" * 9
+    with pytest.raises(ValueError, match="bytes that are no zip file"):
+        HubRowTokenizer(bytes(content))
