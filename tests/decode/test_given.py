@@ -239,7 +239,9 @@ def test_lengths_that_are_traced_and_wrong(model_type):
     good = traced([3, 2], [1, 2])
     assert np.all(np.isfinite(good)) and good[0, 1] == 0
     np.testing.assert_array_equal(np.isnan(traced([3, 4], [2, 2])).any(axis=1), [False, True])
-    np.testing.assert_array_equal(np.isnan(traced([3, 2], [3, 2])).any(axis=1), [True, False])
+    for wrong in (3, 0, -1):
+        scores = traced([3, 2], [wrong, 2])
+        np.testing.assert_array_equal(np.isnan(scores).any(axis=1), [True, False])
     with pytest.raises(ValueError, match=r"answer_lengths_B\[1\] must be from 1 to 2, not 3"):
         run(np.array([3, 2]), answer_BT, np.array([1, 3]))
     with pytest.raises(ValueError, match=r"answer_BT\[0, 0\]=13 is not in the vocabulary"):
