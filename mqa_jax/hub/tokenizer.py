@@ -32,7 +32,7 @@ FILES = (
 
 # A language code in front of a text, which is one token of Marian's.
 _LANGUAGE = re.compile(r">>[^<>\s]+<<")
-_SENTINEL = re.compile(r"(<extra_id_\d+>)")
+_SENTINEL = re.compile(r"(<extra_id_\d{1,5}>)")  # There are 10,000 at most.
 
 
 class Tokenizer(abc.ABC):

@@ -50,8 +50,8 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
 
     Args:
       config: as a config file gives it.
-      workdir: the run's own. Once it is a run's that began so, what it began from need not be there
-        any more.
+      workdir: the run's own. Once there is a checkpoint in it, of a run that began so, what that
+        run began from need not be there any more.
 
     Raises:
       ValueError: `init_from` is not a directory of a model, or the model is of another task.
@@ -62,7 +62,10 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
         raise ValueError(f"--config.init_from must be a directory, not {text!r}")
     path = local_path("--config.init_from", text)
     if workdir is not None and (workdir / CONFIG).is_file():
-        path = workdir if load_config(workdir).get("init_from") else path
+        # Before its first checkpoint a run begins again as it began.
+        with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+            has_weights = checkpoints.latest_step() is not None
+        path = workdir if has_weights and load_config(workdir).get("init_from") else path
     if not (path / CONFIG).is_file():
         raise ValueError(
             f"--config.init_from {text!r} has no {CONFIG}: give a directory of the hub, or the "

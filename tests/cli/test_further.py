@@ -115,6 +115,11 @@ def test_a_language_model_of_the_hub_is_trained_on_text_and_written_back(gpt2, t
     assert found["tokens"] == tokens
     np.testing.assert_allclose(found["ln_perplexity"], -total / tokens, rtol=1e-5)
 
+    # Killed before its first checkpoint, it begins again.
+    shutil.rmtree(run / "checkpoints")
+    assert language_model(tmp_path, *start, STILL) == 0
+    assert f"begins with the weights of {gpt2}" in capfd.readouterr().out
+
     hub.save(tmp_path / "back", pretrained(run))
     back = hub.load(tmp_path / "back")
     for was, now in zip(*map(jax.tree.leaves, map(nnx.state, (model, back.model))), strict=True):
