@@ -1,5 +1,6 @@
 """Training as a user types it: prepare, train, kill, resume; and the quickstart as a whole."""
 
+import json
 import signal
 
 import pytest
@@ -15,6 +16,8 @@ from running import (
     train_args,
 )
 
+from mqa_jax.train.optimizer import rsqrt_schedule
+
 
 def test_training_reports_progress_and_leaves_what_decoding_needs(project):
     assert sorted(losses(project / "run")) == list(range(1, 9))
@@ -23,6 +26,17 @@ def test_training_reports_progress_and_leaves_what_decoding_needs(project):
     assert all(record["tokens_per_second"] > 0 for record in records(project / "run"))
     (validation,) = records(project / "run", "validation")
     assert {"loss", "ln_perplexity", "bleu"} <= validation.keys()
+
+
+def test_the_rate_that_is_logged_is_that_of_the_step(project):
+    config = json.loads((project / "run/config.json").read_text())["train"]
+    names = ("hold_steps", "warmup_steps", "decay_steps")
+    options = {name: config[name] for name in names}
+    schedule = rsqrt_schedule(config["learning_rate"], config["steps"], **options)
+    logged = {record["step"]: record["learning_rate"] for record in records(project / "run")}
+    # The first step is that of position 0.
+    assert logged == pytest.approx({step: float(schedule(step - 1)) for step in range(1, 9)})
+    assert len({*logged.values()}) > 1
 
 
 @pytest.mark.slow

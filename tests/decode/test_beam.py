@@ -187,6 +187,23 @@ def test_impossible_tokens():
     assert not np.any(np.isin(decoded.tokens, [0, 5]))
 
 
+def test_what_follows_an_impossible_token_does_not_count():
+    """A beam with fewer hypotheses than it has room for goes on with such tokens: NaN, perhaps."""
+    logits_LVV = np.random.default_rng(0).normal(size=(4, 7, 7)).astype(np.float32)
+    impossible = [0, EOS, 3, 5, 6]
+    logits_LVV[..., impossible] = -np.inf
+    broken_LVV = logits_LVV.copy()
+    broken_LVV[:, impossible] = np.nan
+    options = dict(beam_size=3, max_new_tokens=4, eos_id=EOS)
+    expected, actual = (
+        decode(beam_search, Chain(jnp.asarray(each)), [1, 4], **options)
+        for each in (logits_LVV, broken_LVV)
+    )
+    assert np.all(actual.is_finite) and np.all(np.isfinite(actual.score))
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.score, expected.score)
+
+
 def test_beams_share_what_step_fn_closes_over():
     """Element `i` of the batch has rows `i * b ... i * b + b - 1`; a constant is left as it is."""
     batch, beam, vocab, length = 2, 4, 7, 5

@@ -104,10 +104,11 @@ def test_outputs_are_in_order_and_blank_lines_stay_blank():
 def test_outputs_come_before_all_is_decoded(monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 1)
     decoder = translate()
-    outputs = decoder.texts(None, ["c", "b", "a"] * 5)
-    assert [next(outputs) for _ in range(3)] == ["c", "b", "a"]
+    # The longest comes first, though shorter ones are decoded before those beside them.
+    outputs = decoder.texts(None, ["ccc", "b", "a"] * 5)
+    assert [next(outputs) for _ in range(3)] == ["ccc", "b", "a"]
     assert len(decoder.calls) == 2
-    assert list(outputs) == ["c", "b", "a"] * 4
+    assert list(outputs) == ["ccc", "b", "a"] * 4
 
 
 @pytest.mark.parametrize("lines", [[], [""], ["", "  "]])

@@ -138,6 +138,19 @@ def test_lines_without_the_string_that_ended_them():
     assert cut and not cut & decoder.stats.unended
 
 
+@pytest.mark.parametrize("name", ["greedy", "beam_search"])
+def test_what_is_no_number_is_no_answer_with_stops_either(name):
+    model, params = make_model(DecoderOnly)
+    table = params["embedding"]["table"][...].copy()
+    table[5, 3] = np.nan
+    params["embedding"]["table"] = params["embedding"]["table"].replace(table)
+    generator = make_generator(model, SEARCHES[name], stop=Stop(["zz"], letters))
+    answers = generator(params, [[BOS, 4], [BOS, 5]])
+    with pytest.raises(ValueError, match="prompt 2: .* NaN or infinite behind 0 new tokens"):
+        for i, _ in answers:
+            assert i == 0
+
+
 def test_what_makes_no_sense():
     model, params = make_model(DecoderOnly)
     beams = make_generator(model, functools.partial(beam_search, beam_size=2))

@@ -189,6 +189,18 @@ checkpoint._hashes = lambda folder: time.sleep(3) or hashes(folder)
     assert "interpreter shutdown" not in failed.output()
 
 
+def test_a_run_does_not_go_on_from_a_checkpoint_of_another(project):
+    """Though its own config.json says the same as the command line."""
+    shutil.copytree(project / "run", project / "mixed")
+    config = json.loads((project / "mixed/config.json").read_text())
+    config["train"]["seed"] = 5
+    (project / "mixed/config.json").write_text(json.dumps(config))
+    result = refused(
+        project, "mixed", "--config.train.seed=5", reason="config.train.seed: 0 there, 5 asked"
+    )
+    assert "not what the checkpoint was trained with" in result.stderr
+
+
 def test_a_workdir_that_cannot_be_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = quickstart.get_config()

@@ -165,7 +165,7 @@ REFUSED = [
     ("llama", dict(rope_scaling=[1]), r"rope_scaling is \[1\], not an object"),
     ("llama", dict(rope_parameters=dict(partial_rotary_factor=0.25)), "partial_rotary_factor"),
     ("llama", dict(hidden_size=None), "hidden_size is missing"),
-    ("llama", dict(hidden_size=0), "hidden_size must be at least 1, not 0"),
+    ("llama", dict(hidden_size=0), "hidden_size must be from 1 to 2147483647, not 0"),
     ("llama", dict(hidden_size="24"), "hidden_size must be an integer, not '24'"),
     ("llama", dict(hidden_size=25), "hidden_size is 25, which num_attention_heads=6 does not"),
     ("llama", dict(rms_norm_eps=-1.0), "rms_norm_eps must be a finite number, above 0"),

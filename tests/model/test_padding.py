@@ -92,6 +92,24 @@ def test_sources_prompts_and_chunks(bad, window):
     jax.tree.map(np.testing.assert_array_equal, cache, expected_cache)
 
 
+def test_gradients_behind_a_padded_prompt():
+    """What padding embeds as reaches no weight, those that are not attention's neither."""
+    target, is_target = padded(tokens(1, B, T), [3, 7, 5], -1)
+
+    @nnx.jit
+    def run(model, target):
+        def loss(model):
+            logits, _ = model.prefill(target, model.init_cache(B, T), jnp.array([3, 7, 5]))
+            return jnp.sum(jnp.where(is_target[..., None], logits, 0.0) ** 2)
+
+        return nnx.grad(loss)(model)
+
+    model = build(mqa_jax.DecoderOnly)
+    got, expected = run(model, target), run(model, jnp.where(is_target, target, 0))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
 @pytest.mark.slow
 def test_a_chunk_whose_padding_lies_behind_the_last_position():
     model = build(mqa_jax.DecoderOnly)

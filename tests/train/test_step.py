@@ -32,6 +32,7 @@ from stepping import (
 from mqa_jax.data import BOS_ID
 from mqa_jax.train.step import (
     make_eval_step,
+    make_gradients,
     make_train_step,
     mean_metrics,
 )
@@ -213,6 +214,40 @@ def test_parts_of_bfloat16_weights_add_up_in_float32():
         norms.append(float(metrics["gradient_norm"]))
         assert metrics["tokens"].dtype == jnp.int32 and int(metrics["tokens"]) == 5 * rows
     assert norms[1] == pytest.approx(norms[0], rel=5e-3)
+
+
+def test_a_step_of_bfloat16_weights_is_done_in_float32():
+    """Of a whole batch: the means of the gradients, their norm, and the sum with the changes."""
+
+    def norm_of(tree):
+        leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+        return np.sqrt(sum(np.sum(x**2) for x in leaves))
+
+    def update(gradients, _, params):
+        # Of 1 and a little more than half a last bit, which bfloat16 would make half a last bit.
+        changes = jax.tree.map(lambda x: jnp.full(x.shape, 2.0**-8 + 2.0**-20), params)
+        return changes, gradients
+
+    # Its state is the gradients that it was given.
+    optimizer = optax.GradientTransformation(lambda params: params, update)
+    task, changes = "language_model", dict(param_dtype="bfloat16")
+    model, state = begin(task, optimizer, **changes)
+    rows = 53  # Of 5 tokens: 265, which bfloat16 does not have.
+    batch = put(random_batch(rows))
+    raw, _ = jax.jit(make_gradients(model, mesh_of(1, 1, 1)))(
+        state.params, batch, jax.random.key(0)
+    )
+    ones = jax.tree.map(jnp.ones_like, state.params)
+    step = make_train_step(model, optimizer, state, seed=0)
+    _, metrics = step(state, batch)
+    wanted = norm_of(raw) / (5 * rows)
+    assert float(metrics["gradient_norm"]) == pytest.approx(wanted, rel=1e-3)
+    state = dataclasses.replace(begin(task, optimizer, **changes)[1], params=ones)
+    state, metrics = step(state, batch)
+    assert float(metrics["gradient_norm"]) == pytest.approx(norm_of(state.opt_state), rel=1e-5)
+    for weight in jax.tree.leaves(state.params):
+        assert weight.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(weight, np.full(weight.shape, 1 + 2.0**-7, weight.dtype))
 
 
 @pytest.mark.parametrize(
