@@ -145,7 +145,7 @@ def test_no_piece_is_longer_than_said(tmp_path):
     word = "donaudampfschifffahrtsgesellschaft"
     tokenizer = Tokenizer.train([*SENTENCES, *[word] * 99], tmp_path / "model", 310)
     pieces = [tokenizer._model.id_to_piece(i) for i in range(4 + 256, tokenizer.vocab_size)]
-    assert max(map(len, pieces)) == tokenizer_module.MAX_PIECE_CHARACTERS
+    assert 4 < max(map(len, pieces)) <= tokenizer_module.MAX_PIECE_CHARACTERS
 
 
 @pytest.mark.parametrize("sentences", [["a"], ["y", "nzv"], ["ab", "", "ba"] * 7])

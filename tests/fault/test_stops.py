@@ -41,8 +41,9 @@ loader.train_batches = train_batches
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)], ids=["one", "two"]
+)
 def test_a_signal_leaves_a_checkpoint_of_the_last_step(project, number, processes):
     """To one process, and all of them stop behind the same step."""
     workdir = f"{number.name}_{processes}"
