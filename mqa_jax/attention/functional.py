@@ -89,7 +89,8 @@ def dot_product_attention(
       mask: bool, broadcastable to `[B, N, T, S]` and of rank 4; True = attend. A query that may
         attend to nothing yields zeros, with a zero gradient.
       bias: floats, broadcastable to `[B, N, T, S]` and of rank 4, added to the scaled logits. To
-        hide keys use the mask: a bias of minus infinity does not keep a NaN out.
+        hide keys use the mask: a bias of minus infinity does not keep a NaN out, hides nothing
+        under a softcap, and a query that sees nothing else has NaN for its output.
       is_causal: query `t` sees keys `0..t`; needs `T == S`.
       window: query `t` sees keys `t - window + 1 .. t`, causal by itself; needs `T == S` (the
         paper's local attention, section 4.1, has `window = 32`).

@@ -28,6 +28,7 @@ Rotation = Callable[[Array, Array], Array]
 BiasFunction = Callable[[Array, Array], Array]
 
 SCALINGS = ("default", "linear", "llama3")
+FARTHEST = 2**20  # that a `RelativeBias` tells distances apart: it has a table of them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class RelativeBias(nnx.Module):
     Args:
       num_heads: `N`.
       num_buckets: rows of the table.
-      distance: from there on all are alike.
+      distance: from there on all are alike; at most `FARTHEST`.
       bidirectional: half of the buckets are for keys behind the query, as in an encoder; else keys
         behind it count as the query's own position.
 
@@ -140,7 +141,7 @@ class RelativeBias(nnx.Module):
                 f"num_buckets={num_buckets} must be at least 2, and for both directions at least 4 "
                 "and even"
             )
-        self.distance = check_integer("distance", distance)
+        self.distance = check_integer("distance", distance, most=FARTHEST)
         if distance <= self.side // 2:
             raise ValueError(
                 f"distance={distance} must be above {self.side // 2}, up to where each distance "
@@ -157,10 +158,14 @@ class RelativeBias(nnx.Module):
     def buckets(self, offset: Array) -> Array:
         """The row of the table for each `key position - query position`."""
         exact = self.side // 2
-        # A table, since float32 may come out on the other side of a range's border.
+        # A table, since a device may come out on the other side of a range's border. Where the
+        # logarithm is whole there, rounding decides: that of float32, as models were trained with.
         far = np.arange(self.distance + 1)
-        share = np.log(np.maximum(far, 1) / exact) / math.log(self.distance / exact)
-        large = np.minimum(exact + np.floor(share * (self.side - exact)), self.side - 1)
+        ratio = np.maximum(far, 1).astype(np.float32) / np.float32(exact)
+        share = np.log(ratio, dtype=np.float64).astype(np.float32)
+        share /= np.float32(math.log(self.distance / exact))
+        large = exact + np.floor(share * np.float32(self.side - exact))
+        large = np.minimum(large, self.side - 1)
         bucket_of = jnp.asarray(np.where(far < exact, far, large), jnp.int32)
         distance = jnp.abs(offset) if self.bidirectional else jnp.maximum(-offset, 0)
         bucket = bucket_of[jnp.minimum(distance, self.distance)]

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mqa_jax.cli.arguments import define_config, define_model, load_config, refuse_idle
 from mqa_jax.core.checks import check_integer
+from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
 from mqa_jax.measure.cost import SEARCHES
@@ -146,7 +147,8 @@ def pretrained_config(args: flags.FlagValues) -> dict[str, ConfigDict]:
 
     directory = local_path("--model", args.model)
     task, config = read_config(directory)
-    return {directory.resolve().name: ConfigDict(dict(task=task, model=dataclasses.asdict(config)))}
+    fields = base_config().to_dict() | dict(task=task, model=dataclasses.asdict(config))
+    return {directory.resolve().name: ConfigDict(fields)}
 
 
 def model_name(args: flags.FlagValues) -> str:

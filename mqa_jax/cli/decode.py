@@ -37,7 +37,7 @@ from absl import flags
 from flax import nnx
 
 from mqa_jax.cli.arguments import define_model, refuse_idle
-from mqa_jax.cli.pretrained import DTYPES, Source, load_pretrained
+from mqa_jax.cli.pretrained import DTYPES, Source, load_pretrained, rules_of, take_defaults
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
 from mqa_jax.decode.beam import TRANSFORMERS, BeamRules, beam_search
@@ -72,7 +72,11 @@ def define(values: flags.FlagValues) -> None:
     string("output", "-", "where the lines go; - is standard output")
     string("reference", None, "the right lines: tells BLEU, or what --score is of")
     boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
-    boolean("score", False, "the log-probability of each line of --reference, instead of decoding")
+    boolean(
+        "score",
+        False,
+        "the log-probability of each line of --reference, its end included, instead of decoding",
+    )
     flags.DEFINE_enum(
         "on_long",
         "error",
@@ -231,13 +235,27 @@ def run(args: flags.FlagValues) -> None:
 
 
 def load_trained(args: flags.FlagValues) -> Source:
-    """The run in --workdir."""
+    """The run in --workdir; one that began from a directory of the hub decodes as that does."""
     from mqa_jax.train import workdir as workdirs
 
-    run = workdirs.load_run(local_path("--workdir", args.workdir))
+    workdir = local_path("--workdir", args.workdir)
+    run = workdirs.load_run(workdir)
     ids = run.tokenizer.ids
-    rules = only_text(run.tokenizer.vocab_size, run.model.config.vocab_size)
-    return Source(run.model, run.params, run.tokenizer, ids.bos, (ids.eos,), rules=rules)
+    eos_ids: tuple[int, ...] = (ids.eos,)
+    rules: tuple[Rule, ...] = only_text(run.tokenizer.vocab_size, run.model.config.vocab_size)
+    if (generation := getattr(run.tokenizer, "generation", None)) is not None:
+        take_defaults(args, generation, workdir)
+        rules = (*rules_of(generation), *rules)
+        eos_ids = generation.eos_ids or eos_ids
+    return Source(
+        run.model,
+        run.params,
+        run.tokenizer,
+        bos_id=0 if ids.bos is None else ids.bos,
+        eos_ids=eos_ids,
+        has_bos=ids.bos is not None,
+        rules=rules,
+    )
 
 
 def answers(

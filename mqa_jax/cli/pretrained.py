@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -59,7 +60,7 @@ def load_pretrained(args: flags.FlagValues) -> Source:
             "spiece.model, or source.spm, target.spm and vocab.json of a Marian"
         )
     generation, tokenizer = pretrained.generation, pretrained.tokenizer
-    _take_defaults(args, generation)
+    take_defaults(args, generation, directory)
     start = generation.decoder_start_id
     return Source(
         pretrained.model,
@@ -69,14 +70,23 @@ def load_pretrained(args: flags.FlagValues) -> Source:
         eos_ids=generation.eos_ids or tokenizer.end_ids,
         has_bos=False,
         rules=(
-            *_rules(generation),
+            *rules_of(generation),
             *only_text(tokenizer.vocab_size, pretrained.model.config.vocab_size),
         ),
     )
 
 
-def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
-    """Tells of them on standard error. Sampling is what --sample asks for, and nothing else."""
+def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
+    """Flags that are not given become what a directory says of decoding, which is told on standard
+    error. Sampling is what --sample asks for, and nothing else.
+
+    Args:
+      generation: a `mqa_jax.hub.generation.Generation`.
+      where: the directory.
+
+    Raises:
+      ValueError: it says what no search here can do.
+    """
     said: dict[str, Any] = dict(
         repetition_penalty=generation.repetition_penalty,
         no_repeat_ngram=generation.no_repeat_ngram_size or None,
@@ -86,10 +96,20 @@ def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
     if args.sample:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             said[name] = getattr(generation, name) or None
+        for name in ("temperature", "top_p"):
+            if getattr(generation, name) == 0 and not args[name].present:
+                raise ValueError(
+                    f"{where}: its {name} is 0, with which nothing is drawn: give --{name}"
+                )
     elif not args["beam_size"].present:
         said["beam_size"] = generation.num_beams if generation.num_beams > 1 else None
     if args.beam_size > 1 or said.get("beam_size"):
         said |= dict(beam_rules="transformers", alpha=generation.length_penalty)
+        if generation.length_penalty < 0 and not args["alpha"].present:
+            raise ValueError(
+                f"{where}: its length_penalty is {generation.length_penalty}, and no beam search "
+                "here takes one below 0: give --alpha"
+            )
         said["early_stopping"] = str(generation.early_stopping).lower()
     taken = {
         name: value
@@ -102,6 +122,8 @@ def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
         shown = " ".join(f"--{name}={value}" for name, value in taken.items())
         print(f"as the model's directory says: {shown}", file=sys.stderr)
     unheeded = [*generation.unheeded]
+    if generation.max_length and args.max_new_tokens is None:
+        unheeded.append("max_length (give --max_new_tokens)")
     # Counts the prompt of a language model, which differs from line to line.
     if generation.min_length and not args["min_new_tokens"].present:
         unheeded.append("min_length (give --min_new_tokens)")
@@ -109,8 +131,8 @@ def _take_defaults(args: flags.FlagValues, generation: Any) -> None:
         print(f"not as the model's directory says: {', '.join(unheeded)}", file=sys.stderr)
 
 
-def _rules(generation: Any) -> tuple[Rule, ...]:
-    """Those that do not change how a text is chosen, but which text there can be."""
+def rules_of(generation: Any) -> tuple[Rule, ...]:
+    """Its rules that do not change how a text is chosen, but which text there can be."""
     rules: list[Rule] = []
     if forbidden := [*generation.bad_words, *((id,) for id in generation.suppressed)]:
         rules.append(Forbid(forbidden))

@@ -18,12 +18,13 @@ class SpecialIds(NamedTuple):
 
     Attributes:
       pad: what rows are filled up with; -1 where the vocabulary has none for that.
-      bos: what a target begins with, which is in no row.
+      bos: what stands in front of a target, and is in no row; None: nothing does, so that the first
+        token of a target is given, and not predicted.
       eos: what ends each sentence.
     """
 
     pad: int = PAD_ID
-    bos: int = BOS_ID
+    bos: int | None = BOS_ID
     eos: int = EOS_ID
 
 

@@ -31,7 +31,7 @@ class RowTokenizer(Protocol):
 
     Attributes:
       ids: those that stand for no text.
-      begin_ids: what `encode` puts in front of every text: nothing.
+      begin_ids: what `encode` puts in front of every text; `ids.bos` is not among them.
       end_ids: what it puts behind it, `ids.eos`.
       file_name: of the one file that holds it.
       content: of that file.

@@ -5,6 +5,7 @@ Array letters: B batch   T answer length   L max_new_tokens
 
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -67,8 +68,9 @@ class Generator:
       stats: what has been decoded, and how long it took.
 
     Raises:
-      ValueError: a number out of range, `bos_id` outside the vocabulary, or a language model with
-        no position left for a prompt.
+      ValueError: a number out of range, `bos_id` outside the vocabulary, a language model with no
+        position left for a prompt, a `search` that is none or has `max_new_tokens` bound to it, or
+        what is no `model` or no `stop`.
     """
 
     def __init__(
@@ -81,6 +83,14 @@ class Generator:
         max_new_tokens: int | None = None,
         stop: Stop | None = None,
     ):
+        if not isinstance(model, nnx.Module):
+            raise ValueError(
+                "model must be an EncoderDecoder or a DecoderOnly, such as hub.load(...).model, "
+                f"not a {type(model).__name__}"
+            )
+        if stop is not None and not isinstance(stop, Stop):
+            raise ValueError(f"stop must be Stop(strings, tokenizer.decode), not {stop!r}")
+        self._takes_keys, self._needs_keys = _keys_of(search)
         check_token("bos_id", bos_id, model.config.vocab_size)
         self._batcher = Batcher(
             isinstance(model, EncoderDecoder),
@@ -154,9 +164,11 @@ class Generator:
         Raises:
           ValueError: a prompt without tokens, of more than the model has positions for, or with an
             id outside the vocabulary, a prefix likewise; as many keys or prefixes as there are not
-            prompts. Nothing has been decoded then. While decoding: weights of another model; or the
-            model gave logits that are no numbers for a prompt, whose answer is not given then.
+            prompts; a search that draws without keys, or one that does not with some. Nothing has
+            been decoded then. While decoding: weights of another model; or the model gave logits
+            that are no numbers for a prompt, whose answer is not given then.
         """
+        self._check_keys(keys)
         batches = self._batcher.to_decode(prompts, keys, prefixes, name)
         return self._answers(params, batches, name)
 
@@ -211,7 +223,8 @@ class Generator:
           ValueError: another search, `every` below 1, and as a call.
         """
         check_parts(self._search)
-        every = check_integer("every", every)
+        every = check_integer("every", every, most=2**31 - 1)
+        self._check_keys(keys)
         batches = self._batcher.to_decode(prompts, keys, prefixes, name)
         return self._pieces(params, batches, every, name)
 
@@ -364,8 +377,21 @@ class Generator:
         self.stats.decode_seconds += time.perf_counter() - compiled
         return result
 
+    def _check_keys(self, keys: Array | None) -> None:
+        if keys is None and self._needs_keys:
+            raise ValueError(
+                "this search draws, and needs keys, one for each prompt: "
+                "jax.random.split(jax.random.key(0), len(prompts))"
+            )
+        if keys is not None and not self._takes_keys:
+            raise ValueError("keys are for a search that draws, such as sample: leave them out")
+
     def _check_params(self, params: nnx.State) -> None:
         """They are the model's: as many, of the same shapes, and floats."""
+        if isinstance(params, nnx.Module):
+            raise ValueError(
+                f"params are the weights, nnx.state(model), not a {type(params).__name__}"
+            )
         given, own_params = jax.tree.leaves(params), jax.tree.leaves_with_path(self._params)
         if len(given) != len(own_params):
             raise ValueError(
@@ -378,6 +404,25 @@ class Generator:
                     f"params{jax.tree_util.keystr(path)} must be floats {list(own.shape)}, as in "
                     f"the model, not {x.dtype} {list(x.shape)}"
                 )
+
+
+def _keys_of(search: Search) -> tuple[bool, bool]:
+    """Whether a search takes keys, and whether it needs them.
+
+    Raises:
+      ValueError: what is no search, or has an argument bound that it is given here.
+    """
+    if not callable(search):
+        raise ValueError(
+            "search must be a function, such as mqa_jax.greedy, with its options bound by "
+            f"functools.partial, not {search!r}"
+        )
+    if "max_new_tokens" in getattr(search, "keywords", {}):
+        raise ValueError("max_new_tokens is an argument of the generator, not of its search")
+    parameters = inspect.signature(search).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    key = parameters.get("key")
+    return takes_any or key is not None, key is not None and key.default is key.empty
 
 
 def _no_answer(name: str, length: int) -> ValueError:

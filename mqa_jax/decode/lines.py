@@ -140,6 +140,8 @@ class LineDecoder(Generator):
                 whole = [*self._begin, *self._tokenizer.encode(line + answer)]
                 if whole[: len(prompts[i])] == prompts[i]:
                     ids[i] = whole[len(prompts[i]) :]
+                else:
+                    ids[i] = ids[i][len(self._tokenizer.begin_ids) :]
         return super().score(params, prompts, ids, name=name)
 
     def texts(

@@ -4,6 +4,7 @@ from typing import Any
 
 from mqa_jax.hub import names
 from mqa_jax.hub.family import (
+    MOST_UNITS,
     Family,
     Fields,
     even,
@@ -111,7 +112,7 @@ def _read_qwen3(keys: Keys, sizes: Fields) -> Fields:
     # Its layers' biases go by `attention_bias` alone.
     fields = _read_llama(keys, sizes)
     bias = tuple(name for name in fields["bias"] if name != "mlp")
-    head_dim = keys.integer("head_dim", 128)
+    head_dim = keys.integer("head_dim", 128, most=MOST_UNITS)
     return fields | dict(head_dim=head_dim, bias=bias, qk_norm=True, window=window)
 
 
@@ -153,7 +154,7 @@ def _read_gemma(keys: Keys, sizes: Fields) -> Fields:
     name = keys.text("hidden_act", "gelu_pytorch_tanh")
     name = keys.text("hidden_activation", "gelu_pytorch_tanh" if name == "gelu" else name)
     return _read_llama(keys, sizes) | dict(
-        head_dim=keys.integer("head_dim", 256),
+        head_dim=keys.integer("head_dim", 256, most=MOST_UNITS),
         activation=keys.known_activation("hidden_activation", name),
         embedding_scale=sizes["d_model"] ** 0.5,
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mqa_jax.hub.decoders import DECODERS
-from mqa_jax.hub.family import Family, Fields
+from mqa_jax.hub.family import MOST_LAYERS, MOST_UNITS, Family, Fields
 from mqa_jax.hub.keys import Keys
 from mqa_jax.hub.translators import TRANSLATORS
 from mqa_jax.model.config import TransformerConfig
@@ -69,7 +69,10 @@ def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]
         )
     family = FAMILIES[name]
     keys.only(family.only, "only this is supported:")
-    sizes = {field: keys.integer(key) for field, key in family.sizes.items()}
+    sizes = {
+        field: keys.integer(key, most=MOST_LAYERS if "layers" in field else MOST_UNITS)
+        for field, key in family.sizes.items()
+    }
     is_tied = keys.flag("tie_word_embeddings", family.is_tied)
     return family, dict(tied_softmax=is_tied, logits_scale=1.0) | sizes | family.read(keys, sizes)
 

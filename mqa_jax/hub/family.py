@@ -10,6 +10,12 @@ from mqa_jax.model.config import TransformerConfig
 Fields = dict[str, Any]
 
 
+# More than any model has, of layers and along any axis: a file of a few bytes must not be able to
+# ask for all of the memory there is.
+MOST_LAYERS = 10_000
+MOST_UNITS = 2**24
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A kind of checkpoint.
@@ -61,7 +67,7 @@ def even(keys: Keys, size: str, heads: str) -> int:
 
 def head_dim(keys: Keys) -> int:
     if "head_dim" in keys:
-        return keys.integer("head_dim")
+        return keys.integer("head_dim", most=MOST_UNITS)
     return even(keys, "hidden_size", "num_attention_heads")
 
 

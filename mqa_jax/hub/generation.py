@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mqa_jax.core.checks import check_number
 from mqa_jax.hub.files import CONFIG, GENERATION, Directory
 from mqa_jax.hub.keys import Keys
 
@@ -79,11 +80,18 @@ _ONE_ID = dict(
     forced_eos_id="forced_eos_token_id",
 )
 _SOME_IDS = dict(eos_ids="eos_token_id", suppressed="suppress_tokens")
+_NO_IDS: tuple[Any, ...] = (None, -1, [])
 _COUNTS = (
     *("max_length", "max_new_tokens", "min_length", "min_new_tokens"),
     *("num_beams", "top_k", "no_repeat_ngram_size"),
 )
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_NUMBERS: dict[str, dict[str, float]] = dict(
+    temperature=dict(least=0),
+    top_p=dict(least=0, most=1),
+    min_p=dict(least=0, most=1),
+    repetition_penalty=dict(above=0),
+    length_penalty={},
+)
 _FLAGS = dict(renormalize="renormalize_logits", do_sample="do_sample")
 # What they are where they ask for nothing, beside null, an empty list and false.
 _UNKNOWN: dict[str, float | None] = dict(
@@ -124,12 +132,12 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
     keys = Keys(values, where)
     fields: dict[str, Any] = {}
     for field, key in _ONE_ID.items():
-        if key in keys:
+        if keys.get(key) not in _NO_IDS:
             fields[field], *others = _ids(keys, key, keys.get(key), vocab_size)
             if others:
                 raise keys.refused(key, "of which only one is known what to do with")
     for field, key in _SOME_IDS.items():
-        if keys.get(key, []) != []:
+        if keys.get(key) not in _NO_IDS:
             fields[field] = _ids(keys, key, keys.get(key), vocab_size)
     if "bad_words_ids" in keys:
         words = keys.get("bad_words_ids")
@@ -137,10 +145,10 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
             raise keys.refused("bad_words_ids", "not a list of lists of ids")
         fields["bad_words"] = tuple(_ids(keys, "bad_words_ids", w, vocab_size) for w in words)
     fields |= {key: keys.integer(key, least=0) for key in _COUNTS if key in keys}
-    fields |= {key: keys.number(key, above=-1e-9) for key in _NUMBERS if key in keys}
+    for key, limits in _NUMBERS.items():
+        if key in keys:
+            fields[key] = check_number(f"{where}: {key}", keys.get(key), **limits)
     fields |= {field: keys.flag(key, False) for field, key in _FLAGS.items()}
-    if "length_penalty" in keys:
-        fields["length_penalty"] = keys.number("length_penalty", above=-1e9)
     if "early_stopping" in keys:
         early_stopping = keys.get("early_stopping")
         if not isinstance(early_stopping, bool) and early_stopping != "never":

@@ -44,9 +44,11 @@ class Keys:
         """The error of a value that cannot be."""
         return ValueError(f"{self.where}: {key} is {self._values.get(key)!r}, {why}")
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(
+        self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1
+    ) -> int:
         value = self._get(key, default)
-        return check_integer(f"{self.where}: {key}", value, least=least, most=2**31 - 1)
+        return check_integer(f"{self.where}: {key}", value, least=least, most=most)
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
         return check_number(f"{self.where}: {key}", self._get(key, default), above=above)
@@ -98,6 +100,9 @@ class Keys:
         """Of version 5, `rope_parameters`; of version 4, `rope_theta` and `rope_scaling`."""
         key = "rope_parameters" if "rope_parameters" in self else "rope_scaling"
         options = self.inner(key)
+        for name, value in options._values.items():
+            if isinstance(value, dict):
+                raise options.refused(name, "but all layers must turn positions alike")
         self.only({"partial_rotary_factor": 1.0}, "heads can only be rotated whole:")
         options.only({"partial_rotary_factor": 1.0}, "heads can only be rotated whole:")
         name = "rope_type" if "rope_type" in options else "type"
@@ -106,8 +111,26 @@ class Keys:
             raise options.refused(
                 name, f"and of scalings of positions only {', '.join(_SCALINGS)} are supported"
             )
+        # What is said in two places must be the same.
+        said, again = (
+            options._values | {"rope_type": scaling},
+            {"rope_theta": self.get("rope_theta")},
+        )
+        if key == "rope_parameters":
+            again |= self.inner("rope_scaling")._values
+        elif "type" in said:
+            again["rope_type"] = said["type"]
+        if "type" in again:
+            again["rope_type"] = again.pop("type")
+        for name, value in again.items():
+            if value is not None and said.get(name, value) != value:
+                raise ValueError(
+                    f"{options.where}: {name} is {said[name]!r}, and in another place {value!r}: "
+                    "they cannot both be right"
+                )
         theta = options.number("rope_theta", self.number("rope_theta", 10000.0))
         if scaling == "default":
+            options.only({"factor": 1.0}, "without a rope_type that scales it is")
             return Rope(theta=theta)
         factor = options.number("factor")
         if scaling == "linear":

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from mqa_jax.core.checks import check_integer
 from mqa_jax.core.sharding import ShardingRules
 from mqa_jax.hub.families import read_options
 from mqa_jax.hub.family import Family
-from mqa_jax.hub.files import CONFIG, Directory
+from mqa_jax.hub.files import CONFIG, Directory, is_finite
 from mqa_jax.hub.generation import Generation, read_generation
 from mqa_jax.hub.tensors import Stored, is_norm, stored_weights
 from mqa_jax.hub.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +25,7 @@ from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import MODELS, Model
 
 SOFTMAX = "lm_head.weight"
+MOST_SINES = 2**28  # In the table of a model whose positions are sinusoidal: 1 GiB.
 # What stands beside the part of a model that `Family.head` names.
 _HEADLESS = (SOFTMAX, "final_logits_bias")
 
@@ -93,7 +95,9 @@ def load(
             if mesh is not None:
                 shape = array.shape if axes else ()
                 sharding = (rules or ShardingRules()).sharding(mesh, axes, shape)
-            array = array.astype(np.float32 if is_norm(path) else config.dtype, copy=False)
+            array = _cast(
+                array, np.dtype("float32" if is_norm(path) else config.dtype), source, files
+            )
             weights[path] = abstract[path].replace(jax.device_put(array, sharding))
     state = nnx.map_state(lambda path, _: weights[_dotted(path)], state)
     return Pretrained(nnx.merge(graphdef, state), tokenizer, generation, family.model_type)
@@ -147,14 +151,35 @@ def _options(
         config = TransformerConfig(**fields, dtype=name, param_dtype=name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if max_length is None or check_integer("max_length", max_length) == config.max_length:
-        return family, config
+    if max_length is not None and check_integer("max_length", max_length) != config.max_length:
+        config = _of_length(config, max_length, where)
+    if config.positions == "sinusoidal" and config.max_length * config.d_model > MOST_SINES:
+        raise ValueError(
+            f"{where}: max_position_embeddings is {config.max_length}, and the sines of so many "
+            f"positions are {config.max_length * config.d_model} numbers: give a max_length"
+        )
+    return family, config
+
+
+def _of_length(config: TransformerConfig, max_length: int, where: str) -> TransformerConfig:
     if config.positions == "learned":
         raise ValueError(
             f"max_length={max_length}, but {where} has a table of {config.max_length} positions: "
             "leave max_length out"
         )
-    return family, dataclasses.replace(config, max_length=max_length)
+    return dataclasses.replace(config, max_length=max_length)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, source: str, files: Directory) -> np.ndarray:
+    """An array of finite numbers, which they must stay."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if jnp.finfo(array.dtype).max > jnp.finfo(dtype).max and not is_finite(cast):
+        raise ValueError(
+            f"{source} in {files.tensors[source].file} has numbers that {dtype} has not, up to "
+            f"{np.abs(array).max():g}: load it in a dtype that does"
+        )
+    return cast
 
 
 def _named(family: Family, files: Directory) -> dict[str, str]:

@@ -20,8 +20,9 @@ from mqa_jax.hub.tokenizer import FILES, Tokenizer, load_tokenizer
 class HubRowTokenizer:
     """A `mqa_jax.data.tokenizer.RowTokenizer`, of all that a directory holds but the weights.
 
-    Each sentence is its text's ids and the end behind them, whatever a tokenizer puts around a
-    text by itself; what a target begins with is in front of a language model's too.
+    Each sentence is what the model is given of a text when it decodes, and the end. What a language
+    model's tokenizer puts in front of a text is in front of it in training, nothing where that is
+    nothing; a translation begins with what the directory says.
 
     Args:
       content: of a zip file, with the names and the contents of the directory's files.
@@ -37,7 +38,6 @@ class HubRowTokenizer:
         text.
     """
 
-    begin_ids: tuple[int, ...] = ()
     file_name = HUB_TOKENIZER
     max_characters: float = math.inf
 
@@ -61,7 +61,10 @@ class HubRowTokenizer:
             raise ValueError("there is no tokenizer that can be read")
         self.tokenizer: Tokenizer = tokenizer
         self.ids = _special_ids(self.generation, tokenizer, is_translation)
+        # Of a language model the first is `ids.bos`, which is in no row.
+        self.begin_ids: tuple[int, ...] = tokenizer.begin_ids[0 if is_translation else 1 :]
         self.end_ids: tuple[int, ...] = (self.ids.eos,)
+        self._target_begins = () if is_translation else self.begin_ids
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str]) -> "HubRowTokenizer":
@@ -100,12 +103,12 @@ class HubRowTokenizer:
         return self.tokenizer.vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, and the end."""
-        return self._ended(self.tokenizer.encode(text))
+        """The ids of a text, `begin_ids` in front, and the end."""
+        return self._between(self.begin_ids, self.tokenizer.encode(text))
 
     def encode_target(self, text: str) -> list[int]:
-        """As `encode`, of a translation's output."""
-        return self._ended(self.tokenizer.encode_target(text))
+        """As `encode`, of a translation's output, which begins with `ids.bos` alone."""
+        return self._between(self._target_begins, self.tokenizer.encode_target(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first end.
@@ -118,9 +121,9 @@ class HubRowTokenizer:
             kept = kept[: kept.index(self.ids.eos)]
         return self.tokenizer.decode(kept)
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _between(self, begin_ids: tuple[int, ...], ids: list[int]) -> list[int]:
         begins, ends = len(self.tokenizer.begin_ids), len(self.tokenizer.end_ids)
-        return [*ids[begins : len(ids) - ends], self.ids.eos]
+        return [*begin_ids, *ids[begins : len(ids) - ends], self.ids.eos]
 
 
 def _special_ids(generation: Generation, tokenizer: Tokenizer, is_translation: bool) -> SpecialIds:
@@ -129,7 +132,7 @@ def _special_ids(generation: Generation, tokenizer: Tokenizer, is_translation: b
             f"neither {GENERATION} nor {CONFIG} has an eos_token_id, and the tokenizer ends no "
             "text: set it, since text is trained on sentence by sentence"
         )
-    bos = generation.decoder_start_id if is_translation else generation.bos_id
-    if bos is None:
-        bos = tokenizer.begin_ids[-1] if tokenizer.begin_ids else ends[0]
+    bos = tokenizer.begin_ids[0] if tokenizer.begin_ids else None
+    if is_translation:
+        bos = ends[0] if generation.decoder_start_id is None else generation.decoder_start_id
     return SpecialIds(pad=-1, bos=bos, eos=ends[0])

@@ -15,7 +15,7 @@ from flax import nnx
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.paths import local_path
 from mqa_jax.hub.families import family_named, write_options
-from mqa_jax.hub.files import CONFIG, GENERATION, INDEX, WEIGHTS
+from mqa_jax.hub.files import CONFIG, GENERATION, INDEX, WEIGHTS, is_finite
 from mqa_jax.hub.generation import Generation, write_generation
 from mqa_jax.hub.load import SOFTMAX, Pretrained, weights_by_path
 from mqa_jax.hub.tensors import Stored, stored_weights
@@ -46,12 +46,15 @@ def save(
 
     Raises:
       ValueError: there is something in the directory; the family is not known, or does not have
-        what this model does: another kind of norm, say.
+        what this model does: another kind of norm, say; a weight is NaN or infinite.
     """
-    path = local_path("the directory", directory)
+    # What a link leads to is replaced, not the link.
+    path = local_path("the directory", directory).resolve()
     check_integer("shard_bytes", shard_bytes)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: give a new directory, or remove it")
+    if path.exists() and path.samefile(os.curdir):
+        raise ValueError(f"{path} is the working directory, which cannot be replaced: give another")
     if not isinstance(pretrained, Pretrained):
         if family is None:
             raise ValueError("a model alone does not say what to save it as: give family=")
@@ -115,6 +118,8 @@ def _write_weights(
             name: stored[name].together([np.asarray(weights[p][...]) for p in stored[name].weights])
             for name in names
         }
+        if bad := [name for name, array in tensors.items() if not is_finite(array)]:
+            raise ValueError(f"{bad[0]} has weights that are NaN or infinite: they are no model")
         # transformers asks for the word.
         safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)

@@ -4,10 +4,11 @@ Their files are made by anyone: a broken one is a ValueError that names it.
 """
 
 import abc
+import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,34 @@ class FastTokenizer(Tokenizer):
         # They are about batches, which are made elsewhere.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        mark = "a"
-        ids, plain = tokenizer.encode(mark).ids, self._encode(mark)
-        at = next(i for i in range(len(ids) + 1) if ids[i : i + len(plain)] == plain)
-        self.begin_ids, self.end_ids = tuple(ids[:at]), tuple(ids[at + len(plain) :])
+        self.begin_ids, self.end_ids = self._around()
 
     @functools.cached_property
     def vocab_size(self) -> int:  # The library makes a dict to tell.
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is put in front of a text, and behind it."""
+        letters = ("a", *(self._tokenizer.decode([id]) for id in range(self.vocab_size)))
+        for text in letters:
+            try:
+                whole = self._tokenizer.encode(text)
+            except Exception:  # It has no id for a letter, nor one for what is unknown.
+                continue
+            # An id that is put there may be one of text, too: what an unknown letter has, say.
+            if of_text := [
+                i for i, is_added in enumerate(whole.special_tokens_mask) if not is_added
+            ]:
+                return tuple(whole.ids[: of_text[0]]), tuple(whole.ids[of_text[-1] + 1 :])
+        raise ValueError("no text has an id")
+
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _told(f"the tokenizer fails at the text {text!r:.60}"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with _told(f"the tokenizer fails at the ids {str(ids):.60}"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class PieceTokenizer(Tokenizer):
@@ -246,13 +261,20 @@ def load_tokenizer(directory: Path, model_type: str) -> Tokenizer | None:
     return None
 
 
-def _fast(path: Path, read: Any, files: Mapping[str, bytes]) -> FastTokenizer:
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What the library raises is a ValueError of `what`."""
     try:
-        return FastTokenizer(read(), files)
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # The library raises no narrower ones; a panic is no Exception.
-        raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
+    except BaseException as error:  # It raises no narrower ones; a panic is no Exception.
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _fast(path: Path, read: Any, files: Mapping[str, bytes]) -> FastTokenizer:
+    with _told(f"{path} is no tokenizer that can be read"):
+        return FastTokenizer(read(), files)
 
 
 def _byte_level(directory: Path) -> tokenizers.Tokenizer:
@@ -280,8 +302,9 @@ def _pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
 def _marian(directory: Path, files: Mapping[str, bytes]) -> MarianTokenizer:
     path = directory / "vocab.json"
     vocabulary = json_object(path)
-    if not all(type(id) is int and id >= 0 for id in vocabulary.values()):
-        raise ValueError(f"{path} is no vocabulary: an id is {vocabulary!r:.60}")
+    ids = vocabulary.values()
+    if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(vocabulary):
+        raise ValueError(f"{path} is no vocabulary, an id for each piece: {vocabulary!r:.60}")
     if lacking := {"<unk>", "</s>"} - vocabulary.keys():
         raise ValueError(f"{path} is no vocabulary of Marian's: it lacks {sorted(lacking)}")
     source, target = (_pieces(directory / f"{side}.spm") for side in ("source", "target"))

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from mqa_jax.attention.positions import FARTHEST
 from mqa_jax.hub import names
-from mqa_jax.hub.family import Family, Fields, even, written
+from mqa_jax.hub.family import MOST_LAYERS, Family, Fields, even, written
 from mqa_jax.hub.keys import Keys
 from mqa_jax.model.config import TransformerConfig
 
@@ -26,14 +27,16 @@ def _read_t5(keys: Keys, sizes: Fields) -> Fields:
     is_scaled = keys.flag("tie_word_embeddings", not is_mt5)
     is_scaled = keys.flag("scale_decoder_outputs", is_scaled)
     return dict(
-        num_layers=keys.integer("num_decoder_layers", sizes["num_encoder_layers"]),
+        num_layers=keys.integer(
+            "num_decoder_layers", sizes["num_encoder_layers"], most=MOST_LAYERS
+        ),
         num_kv_heads=sizes["num_heads"],
         # It has no longest length; this is the usual one.
         max_length=512,
         norm_epsilon=keys.number("layer_norm_epsilon", 1e-6),
         positions="relative",
         relative_buckets=keys.integer("relative_attention_num_buckets", 32),
-        relative_distance=keys.integer("relative_attention_max_distance", 128),
+        relative_distance=keys.integer("relative_attention_max_distance", 128, most=FARTHEST),
         attention_scale=1.0,
         activation=keys.known_activation(
             "feed_forward_proj", keys.text("dense_act_fn", activation)

@@ -159,6 +159,16 @@ class TransformerConfig:
                 check_number(name, getattr(self, name), above=0)
         if self.attention_scale is not None:
             check_number("attention_scale", self.attention_scale)
+        for name, positions, nothing in (
+            ("rope", "rope", Rope()),
+            ("relative_buckets", "relative", 32),
+            ("relative_distance", "relative", 128),
+        ):
+            if self.positions != positions and getattr(self, name) != nothing:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is of no effect with positions "
+                    f"{self.positions!r}: choose {positions!r}"
+                )
         if self.positions == "rope":
             self.rope.frequencies(self.head_dim)
         for name in ("dtype", "param_dtype"):

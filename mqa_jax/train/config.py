@@ -169,11 +169,14 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
         yield f"--config.model.{error}"  # It begins with the field.
     if model.get("block") == "parallel" and config.task == "translation":
         yield "--config.model.block parallel leaves no place for what a translation attends to"
+    larger = "raise --config.model.max_length"
+    if config.get("init_from"):
+        larger = "begin from a model that has more"
     for side in ("source", "target"):
         if (length := data[f"{side}_length"]) > model.max_length:
             yield (
                 f"--config.data.{side}_length {length} is more than the {model.max_length} "
-                "positions that the model has: lower it, or raise --config.model.max_length"
+                f"positions that the model has: lower it, or {larger}"
             )
     if data.vocab_size > model.vocab_size:
         yield (

@@ -23,6 +23,7 @@ from mqa_jax.train.step import (
     dropout_key,
     in_parts,
     make_gradients,
+    predicted,
     segments,
 )
 
@@ -64,7 +65,7 @@ def make_diagnosis(
                 logits_BTV = apply(nnx.merge(graphdef, params), part, nnx.Rngs(dropout=key), ids)
             loss_BT, _ = cross_entropy(logits_BTV, part["target_tokens"], **options)
             segment_ids_BT, _ = segments(part["target_tokens"], ids)
-            is_bad_BT = ~jnp.isfinite(loss_BT) & (segment_ids_BT > 0)
+            is_bad_BT = ~jnp.isfinite(loss_BT) & predicted(part["target_tokens"], ids)
             return _first(is_bad_BT, segment_ids_BT)
 
         if accumulate == 1:

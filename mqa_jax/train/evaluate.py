@@ -62,7 +62,7 @@ def make_evaluate(
             rules=only_text(tokenizer.vocab_size, model.config.vocab_size),
         ),
         batch_size=settings.batch_size,
-        bos_id=tokenizer.ids.bos,
+        bos_id=tokenizer.ids.bos or 0,  # It is there where translations are decoded.
     )
 
     index, count = row_share(mesh, settings.batch_size)

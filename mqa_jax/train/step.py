@@ -70,6 +70,13 @@ def segments(tokens_BT: Array, ids: SpecialIds = OWN_IDS) -> tuple[Array, Array]
     return jnp.where(is_token_BT, segment_ids_BT, 0), jnp.where(is_token_BT, index_T - first_BT, 0)
 
 
+def predicted(tokens_BT: Array, ids: SpecialIds = OWN_IDS) -> Array:
+    """Which tokens a model predicts, `[B, T]`: all but padding, and the first of a sentence that
+    has nothing in front."""
+    segment_ids_BT, positions_BT = segments(tokens_BT, ids)
+    return (segment_ids_BT > 0) & ((positions_BT > 0) | (ids.bos is not None))
+
+
 def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None, ids: SpecialIds = OWN_IDS) -> Array:
     """Logits `[B, T, V]` of a batch.
 
@@ -77,13 +84,20 @@ def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None, ids: SpecialIds = O
       model: with its weights.
       batch: `target_tokens`, int32 `[B, T]`, and for a translation `source_tokens`, `[B, S]`, as
         `mqa_jax.data.loader` makes them: sentences one behind the other, each up to its EOS, then
-        padding. What the model is given to predict a token is BOS or the one before.
+        padding. What the model is given to predict a token is BOS or the one before; where there
+        is no BOS, nothing is predicted in the place of the first one.
       rngs: dropout is applied when given.
       ids: those of the batch that stand for no text.
     """
     targets_BT = batch["target_tokens"]
     segment_ids_BT, positions_BT = segments(targets_BT, ids)
-    inputs_BT = jnp.where(positions_BT == 0, ids.bos, jnp.roll(targets_BT, 1, axis=1))
+    inputs_BT = jnp.roll(targets_BT, 1, axis=1)
+    if ids.bos is None:
+        # The first token is the first input, so the place before it is one of padding.
+        segment_ids_BT = jnp.where(positions_BT == 0, 0, segment_ids_BT)
+        positions_BT = jnp.maximum(positions_BT - 1, 0)
+    else:
+        inputs_BT = jnp.where(positions_BT == 0, ids.bos, inputs_BT)
     if isinstance(model, DecoderOnly):
         return model(inputs_BT, segment_ids=segment_ids_BT, positions=positions_BT, rngs=rngs)
     sources_BS = batch["source_tokens"]
@@ -290,9 +304,9 @@ def make_eval_step(
 def _sums(
     loss_BT: Array, nll_BT: Array, logits_BTV: Array, batch: Batch, ids: SpecialIds
 ) -> Metrics:
-    """Sums over the tokens that are no padding; unlike means, they add up over batches."""
+    """Sums over the tokens that are predicted; unlike means, they add up over batches."""
     targets_BT = batch["target_tokens"]
-    is_token_BT = targets_BT != ids.pad
+    is_token_BT = predicted(targets_BT, ids)
     is_right_BT = is_token_BT & (jnp.argmax(logits_BTV, axis=-1) == targets_BT)
     # Counts as integers: float32 knows no odd number above 2 ** 24.
     return {

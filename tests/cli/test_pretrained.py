@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from checkpoints import WORDS, write, write_words
 from flax import nnx
@@ -12,6 +13,8 @@ from mqa_jax.decode.beam import TRANSFORMERS
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.rules import Forbid
 from mqa_jax.hub import load
+from mqa_jax.measure import compile_only
+from mqa_jax.measure.compile_only import CHIPS, Topology
 
 LINES = ["w3 w17 w5", "", "w29 w2", "w11"]
 
@@ -74,6 +77,13 @@ def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, t
     assert "directory says: --max_new_tokens=2" in errors
     assert "not as the model's directory says: diversity_penalty, min_length (give" in errors
     assert max(len(line.split()) for line in lines) == 2
+    for values, flags, reason in (
+        (dict(temperature=0.0), ["--sample"], "gpt2: its temperature is 0, with which nothing"),
+        (dict(num_beams=2, length_penalty=-1.0), [], "gpt2: its length_penalty is -1.0, and no"),
+    ):
+        (directory / "generation_config.json").write_text(json.dumps(values))
+        _, errors = decoded(tmp_path, capfd, directory, *flags, status=2)
+        assert reason in errors
     (directory / "generation_config.json").unlink()
     _, errors = decoded(tmp_path, capfd, directory, "--n_best=2", status=2)
     assert "--n_best: of no effect without a --beam_size above 1" in errors
@@ -103,7 +113,7 @@ def test_a_model_without_a_tokenizer_and_two_models_are_refused(directory, tmp_p
 
 
 @pytest.mark.slow
-def test_a_model_is_measured_by_its_config_alone(directory, tmp_path, capfd):
+def test_a_model_is_measured_by_its_config_alone(directory, tmp_path, capfd, monkeypatch):
     (directory / "model.safetensors").unlink()
     args = [f"--model={directory}", f"--output_dir={tmp_path / 'out'}", "--repeats=1"]
     assert main(["benchmark", *args, "--batch_sizes=3", "--context_lengths=8"]) == 0
@@ -112,5 +122,11 @@ def test_a_model_is_measured_by_its_config_alone(directory, tmp_path, capfd):
     # 31 tokens, 11 positions, two layers of 20 and 80 with biases, and five norms.
     layer = 4 * 20 * 20 + 4 * 20 + 2 * 20 * 80 + 80 + 20 + 4 * 20
     assert row["parameters"] == 31 * 20 + 11 * 20 + 2 * layer + 2 * 20
+    # The devices of this process in the place of TPUs.
+    topology = Topology("v5e:2x4", jax.devices(), CHIPS["v5e"], chips=8)
+    monkeypatch.setattr(compile_only, "find_topology", lambda name: topology)
+    sizes = ["--batch_sizes=8", "--context_lengths=8"]
+    assert main(["benchmark", args[0], "--compile_only=v5e:2x4", *sizes]) == 0
+    assert "gpt2" in capfd.readouterr().out
     assert main(["benchmark", *args, "--variants=multi_head"]) == 2
     assert "--variants: of no effect with --model" in capfd.readouterr().err

@@ -57,6 +57,30 @@ def test_who_holds_it_is_named_and_a_kill_lets_go(tmp_path, name):
     assert [path.name for path in directory.iterdir()] == [LOCK]
 
 
+FORK = """
+import os, sys, time
+from mqa_jax.core.lock import locked
+with locked(sys.argv[1], "training"):
+    if not os.fork():
+        time.sleep(600)
+print("let go", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_forked_child_does_not_keep_it(tmp_path):
+    """Though it has the same file open, as the workers of a loader do."""
+    command = [sys.executable, "-c", FORK, str(tmp_path)]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, **options) as process:
+        try:
+            assert process.stdout.readline() == "let go\n"
+            with locked(tmp_path, "training"):
+                pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_an_error_inside_lets_go_too(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path, "training"):
         raise KeyError

@@ -286,9 +286,14 @@ def test_numbers_of_a_generator(model_type):
         (dict(max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
         (dict(max_new_tokens=-1), "max_new_tokens must be at least 1, not -1"),
         (dict(max_new_tokens=True), "max_new_tokens must be an integer, not True"),
+        (dict(search="greedy"), "search must be a function, such as mqa_jax.greedy"),
+        (dict(search=functools.partial(greedy, max_new_tokens=2)), "an argument of the generator"),
+        (dict(stop=["x"]), r"stop must be Stop\(strings, tokenizer.decode\), not \['x'\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             make(**dict(batch_size=2, bos_id=BOS) | options)
+    with pytest.raises(ValueError, match=r"such as hub.load\(...\).model, not a dict"):
+        Generator({}, search=greedy, batch_size=2, bos_id=BOS)
     if model_type is DecoderOnly:
         with pytest.raises(ValueError, match="max_new_tokens=40 leaves no room .* 40 positions"):
             make(batch_size=2, bos_id=BOS, max_new_tokens=MAX_LENGTH)
@@ -313,6 +318,7 @@ def test_weights_that_are_not_the_models(model_type):
         (jax.tree.map(lambda x: x.astype(np.int32), params), "must be floats .* not int32"),
         (wider, r"params.*embedding.*table.* floats \[13, 12\], .* not float32 \[14, 12\]"),
         ({}, "params are 0 arrays"),
+        (model, r"params are the weights, nnx.state\(model\), not a (En|De)coder"),
     ]:
         with pytest.raises(ValueError, match=message):
             list(generator(wrong, [[4]]))
@@ -323,6 +329,11 @@ def test_a_key_for_every_prompt(model_type):
     model, params = make_model(model_type)
     decoder = make_decoder(model, SEARCHES["sample"], max_new_tokens=3)
     lines, key = make_lines(2, 3), jax.random.key(0)
+    with pytest.raises(ValueError, match="this search draws, and needs keys, one for each prompt"):
+        decoder.tokens(params, lines)
+    greedily = make_decoder(model, SEARCHES["greedy"], max_new_tokens=3)
+    with pytest.raises(ValueError, match="keys are for a search that draws, such as sample"):
+        greedily.stream(params, lines, jax.random.split(key, 2))
     for keys, shape in [(jax.random.split(key, 1), r"\[1\]"), (key, r"\[\]")]:
         for decode in (decoder, decoder.texts):
             with pytest.raises(ValueError, match=rf"one PRNG key a prompt, \[2\], not {shape}"):

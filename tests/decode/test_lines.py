@@ -21,6 +21,7 @@ from mqa_jax import (
     TransformerConfig,
     beam_search,
     greedy,
+    sample,
 )
 from mqa_jax.data.tokenizer import Tokenizer
 from mqa_jax.decode import lines as module
@@ -201,7 +202,7 @@ def test_outputs_that_reached_the_limit_are_counted():
 @pytest.mark.parametrize("make_keys", [jax.random.key, jax.random.PRNGKey])
 def test_what_a_line_draws_is_its_own_and_so_is_what_a_part_draws(make_keys):
     keys = jax.random.split(make_keys(3), 4)
-    decoder = translate(batch_size=1)
+    decoder = translate(batch_size=1, search=sample)
     lines = ["a", LONG, "", "b"]
     list(decoder.texts(None, lines, keys, on_long="split"))
 
@@ -264,3 +265,29 @@ def test_scores_of_lines(model_type):
         assert (prompt, answer) == ([BOS, *encode("ab")[:-1]], encode("c"))
     with pytest.raises(ValueError, match="answers must be one a prompt, 2, not 1"):
         decoder.score(None, ["a", "b"], ["c"])
+
+
+def test_an_answer_that_merges_with_its_line_begins_with_nothing():
+    """A tokenizer may put an id in front of each text, which an answer is not."""
+    seen = []
+
+    class Merging(Bytes):
+        begin_ids = (BOS,)
+
+        def encode(self, text):
+            return [BOS, *(FIRST + byte for byte in text.replace("bc", "x").encode()), EOS]
+
+        encode_target = encode
+
+    class Recorder(LineDecoder):
+        def _scores(self, params, batches, name):
+            seen.extend(batches)
+            return iter(())
+
+    options = dict(search=greedy, batch_size=1, bos_id=BOS, max_new_tokens=4, has_bos=False)
+    decoder = Recorder(make_model(DecoderOnly, MAX_LENGTH), Merging(), **options)
+    assert list(decoder.score(None, ["ab"], ["cd"])) == []
+    [batch] = seen
+    assert batch.given["prompt_BP"][0, : batch.given["lengths_B"][0]].tolist()[0] == BOS
+    assert batch.given["answer_BT"][0, :3].tolist() == [FIRST + ord("c"), FIRST + ord("d"), EOS]
+    assert batch.given["answer_lengths_B"].tolist() == [3]

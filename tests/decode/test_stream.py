@@ -157,7 +157,7 @@ def test_what_makes_no_sense():
     with pytest.raises(ValueError, match="only greedy and sample, .* can be streamed"):
         beams.stream(params, PROMPTS)
     generator = make_generator(model, greedy)
-    for every in (0, 1.0):
+    for every in (0, 1.0, 2**31):
         with pytest.raises(ValueError, match="every must be"):
             generator.stream(params, PROMPTS, every=every)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):

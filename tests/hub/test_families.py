@@ -165,7 +165,38 @@ REFUSED = [
     ("llama", dict(rope_scaling=[1]), r"rope_scaling is \[1\], not an object"),
     ("llama", dict(rope_parameters=dict(partial_rotary_factor=0.25)), "partial_rotary_factor"),
     ("llama", dict(hidden_size=None), "hidden_size is missing"),
-    ("llama", dict(hidden_size=0), "hidden_size must be from 1 to 2147483647, not 0"),
+    ("llama", dict(rope_scaling=dict(factor=2.0)), "factor is 2.0, and without a rope_type.* 1.0"),
+    (
+        "llama",
+        dict(rope_parameters=dict(full_attention=dict(rope_type="default"))),
+        "rope_parameters: full_attention is {.*}, but all layers must turn positions alike",
+    ),
+    (
+        "llama",
+        dict(rope_scaling=dict(type="linear", rope_type="default", factor=2.0)),
+        "rope_type is 'default', and in another place 'linear'",
+    ),
+    (
+        "llama",
+        dict(
+            rope_parameters=dict(rope_type="default"),
+            rope_scaling=dict(rope_type="linear", factor=2.0),
+        ),
+        "rope_type is 'default', and in another place 'linear'",
+    ),
+    (
+        "llama",
+        dict(rope_parameters=dict(rope_theta=7.0), rope_theta=9.0, rope_scaling=None),
+        "rope_theta is 7.0, and in another place 9.0",
+    ),
+    ("llama", dict(hidden_size=0), "hidden_size must be from 1 to 16777216, not 0"),
+    # What a few bytes could ask for would not fit into any memory.
+    ("llama", dict(hidden_size=2**31), "hidden_size must be from 1 to 16777216"),
+    ("llama", dict(head_dim=2**30), "head_dim must be from 1 to 16777216"),
+    ("gpt2", dict(n_layer=2**31 - 1), "n_layer must be from 1 to 10000"),
+    ("llama", dict(num_hidden_layers=10**10), "num_hidden_layers must be from 1 to 10000"),
+    ("t5", dict(num_decoder_layers=10**9), "num_decoder_layers must be from 1 to 10000"),
+    ("t5", dict(relative_attention_max_distance=10**9), "distance must be from 1 to 1048576"),
     ("llama", dict(hidden_size="24"), "hidden_size must be an integer, not '24'"),
     ("llama", dict(hidden_size=25), "hidden_size is 25, which num_attention_heads=6 does not"),
     ("llama", dict(rms_norm_eps=-1.0), "rms_norm_eps must be a finite number, above 0"),
@@ -212,6 +243,11 @@ def test_a_config_alone_makes_a_model_of_the_length_that_is_asked_for(tmp_path):
         read_config(tmp_path, max_length=10)
     with pytest.raises(ValueError, match="float16.*float32 or bfloat16"):
         read_config(tmp_path, dtype="float16")
+    config = CONFIGS["marian"] | dict(max_position_embeddings=2**24)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sines of so many positions .* give a max_length"):
+        read_config(tmp_path)
+    assert read_config(tmp_path, max_length=64)[1].max_length == 64
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -225,7 +225,14 @@ BROKEN = {
     "tokenizer.model": [b"", b"no model", b"\x00" * 100],
     "spiece.model": [b"", b"\xff" * 10],
     "tokenizer_config.json": [b"", b"[]", b'{"extra_ids": -1}', b'{"extra_ids": "many"}'],
-    "vocab.json": [b"", b"[]", b"{}", b'{"<unk>": -1, "</s>": 0}', b'{"<unk>": "1", "</s>": 0}'],
+    "vocab.json": [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"<unk>": -1, "</s>": 0}',
+        b'{"<unk>": "1", "</s>": 0}',
+        b'{"<unk>": 1, "</s>": 0, "a": 1}',
+    ],
     "source.spm": [b"", b"no model"],
     "target.spm": [b"", b"no model"],
 }
@@ -273,6 +280,54 @@ def test_it_is_loaded_with_the_model_and_saved_again(tmp_path):
     assert again.sha256 == pretrained.tokenizer.sha256
     (directory / "tokenizer_config.json").write_text('{"a": 1}')
     assert load(directory).tokenizer.sha256 != again.sha256
+
+
+LETTERS = {"<s>": 0, "</s>": 1, "C": 2, "G": 3, "T": 4}
+
+
+def letters(tmp_path, template="<s> $A </s>", **options):
+    """A tokenizer of the letters of DNA but one, which has no id."""
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(LETTERS, **options))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    own.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    put(tmp_path, tokenizer__json=own.to_str())
+    return load_tokenizer(tmp_path, "llama")
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
+@pytest.mark.parametrize("unknown", ["<s>", "</s>", None])
+def test_what_is_around_a_text_is_no_part_of_it(tmp_path, template, unknown):
+    """Though an unknown letter has the same id, or none at all."""
+    options = {} if unknown is None else dict(unk_token=unknown)
+    tokenizer = letters(tmp_path, template, **options)
+    begin, end = (0,) * template.startswith("<"), (1,) * template.endswith(">")
+    assert (tokenizer.begin_ids, tokenizer.end_ids) == (begin, end)
+    assert tokenizer.encode("CGT") == [*begin, 2, 3, 4, *end]
+
+
+def test_a_text_that_the_library_fails_at_is_named(tmp_path):
+    tokenizer = letters(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer fails at the text 'CAT': .*[Mm]issing"):
+        tokenizer.encode("CAT")
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "bos", "encoded"),
+    [("gpt2", None, None, [3, 0, 4]), ("gpt2", "w1 $A", 1, [3, 0, 4]),
+     ("gpt2", "w1 w1 $A w1", 1, [1, 3, 0, 4]), ("t5", "w1 $A w1", 0, [1, 3, 0, 4])],
+)  # fmt: skip
+def test_rows_begin_with_what_prompts_begin_with(tmp_path, name, template, bos, encoded):
+    """What is decoded is then what was trained."""
+    write_words(write(tmp_path, name, eos_token_id=4, pad_token_id=0), template)
+    tokenizer = HubRowTokenizer.of(tmp_path)
+    assert tokenizer.ids == (-1, bos, 4)
+    assert tokenizer.encode("w3 w0") == encoded
+    assert tokenizer.encode_target("w3 w0") == (encoded[1:] if name == "t5" else encoded)
+    prompt = [*([] if bos is None or name == "t5" else [bos]), *encoded[:-1]]
+    theirs = load_tokenizer(tmp_path, name)
+    assert prompt == theirs.encode("w3 w0")[: -len(theirs.end_ids) or None]
 
 
 def test_a_panic_of_the_library_is_a_broken_file(tmp_path):

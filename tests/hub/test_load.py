@@ -212,6 +212,20 @@ def test_a_config_alone_has_the_weights_of_its_checkpoint(tmp_path):
         assert own == loaded
 
 
+def test_numbers_that_a_dtype_has_not_are_refused(tmp_path):
+    """Infinity is no weight, and no rounding of one."""
+    directory = write(tmp_path, "llama")
+    stored = tensors("llama")
+    name = next(name for name in stored if name.endswith("mlp.up_proj.weight"))
+    for dtype, number, wanted in (("float64", 1e300, "float32"), ("float32", 3.4e38, "bfloat16")):
+        stored[name] = tensors("llama")[name].astype(dtype)
+        stored[name][2, 3] = number
+        replace(directory, stored)
+        with pytest.raises(ValueError, match=f"{name} in .*safetensors has numbers that {wanted}"):
+            load(directory, dtype=wanted)
+    load(directory, dtype="float32")
+
+
 def test_what_nobody_obeys_is_told(tmp_path):
     directory = write(tmp_path, "llama")
     values = dict(typical_p=1.0, begin_suppress_tokens=[], num_beam_groups=2, stop_strings=["x"])
@@ -229,6 +243,12 @@ def test_what_decodes_comes_from_the_directory(tmp_path):
     generation = load(directory).generation
     assert generation.eos_ids == (2, 5) and generation.decoder_start_id == 30
     assert generation.bad_words == () and generation.num_beams == 1
+    # Words for none.
+    words = dict(eos_token_id=[], pad_token_id=-1, bos_token_id=None, forced_eos_token_id=[])
+    (directory / "generation_config.json").write_text(json.dumps(words))
+    generation = load(directory).generation
+    assert (generation.eos_ids, generation.pad_id, generation.bos_id) == ((), None, None)
+    assert generation.forced_eos_id is None
 
 
 @pytest.mark.parametrize(
@@ -246,6 +266,9 @@ def test_what_decodes_comes_from_the_directory(tmp_path):
         (dict(early_stopping=1), "early_stopping is 1, not true"),
         (dict(num_beams=2**31), "num_beams must be from 0 to 2147483647"),
         (dict(length_penalty="long"), "length_penalty must be a finite number"),
+        (dict(top_p=2), "top_p must be a finite number, at least 0, at most 1"),
+        (dict(temperature=-1), "temperature must be a finite number, at least 0"),
+        (dict(repetition_penalty=0), "repetition_penalty must be a finite number, above 0"),
     ],
 )
 def test_defaults_that_cannot_be_are_refused(tmp_path, values, message):

@@ -102,7 +102,21 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "empty", pretrained)
     check_logits(tmp_path / "empty", "llama")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    save(tmp_path / "link", pretrained)
+    check_logits(tmp_path / "linked", "llama")
     before = set(tmp_path.iterdir())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="here is the working directory"):
+        save(".", pretrained)
+    (tmp_path / "here").rmdir()
+    broken = load(tmp_path / "given")
+    scale = broken.model.decoder.norm.scale
+    scale[...] = scale[...].at[2].set(np.inf)
+    with pytest.raises(ValueError, match="norm.weight has weights that are NaN or infinite"):
+        save(tmp_path / "saved", broken)
 
     def full(*args, **kwargs):
         raise OSError("no space left on device")

@@ -445,3 +445,17 @@ def test_bad_config_values_raise(field, value):
     name = r"window must be .*, not 0" if field == "window" else rf"{field}.*{value}"
     with pytest.raises(ValueError, match=name):
         build(DecoderOnly, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("positions", "options"),
+    [
+        ("learned", dict(rope=Rope(theta=100.0))),
+        ("relative", dict(rope=dict(scaling="linear", factor=2.0))),
+        ("rope", dict(relative_buckets=8)),
+        ("sinusoidal", dict(relative_distance=20)),
+    ],
+)
+def test_an_option_of_other_positions_is_refused(positions, options):
+    with pytest.raises(ValueError, match="is of no effect with positions"):
+        dataclasses.replace(CONFIG, positions=positions, **options)

@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from stepping import make_batch, sentences
+from stepping import SIZES, make_batch, mesh_of, sentences
 
+from mqa_jax.data import SpecialIds
 from mqa_jax.data.packing import pack
+from mqa_jax.model.transformer import build_model
 from mqa_jax.train.evaluate import add_up
 from mqa_jax.train.step import (
     cross_entropy,
+    make_eval_step,
     mean_metrics,
     segments,
 )
@@ -79,6 +83,25 @@ def test_segments_are_the_sentences_that_were_packed(lengths):
                 np.all((row_ids == 0) == (row_tokens == 0))
                 and not row_positions[row_ids == 0].any()
             )
+
+
+def test_what_has_nothing_in_front_is_given_and_not_predicted():
+    """The first token of each sentence is at position 0, as when a prompt begins with it."""
+    model = build_model("language_model", SIZES, rngs=nnx.Rngs(0))
+    rows = [[[7, 5, 9, 2], [11, 2]], [[3, 4, 2]]]
+    ids = SpecialIds(pad=-1, bos=None, eos=2)
+    tokens = np.full((2, 8), -1, np.int32)
+    for row, packed in zip(tokens, rows, strict=True):
+        row[: sum(map(len, packed))] = sum(packed, [])
+    mesh = mesh_of(1, 1, 1)
+    sums = make_eval_step(model, mesh, ids=ids)(nnx.state(model), {"target_tokens": tokens})
+    total = 0.0
+    for sentence in sum(rows, []):
+        logits = np.asarray(model(np.array([sentence[:-1]])), np.float64)[0]
+        log_prob = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        total -= log_prob[np.arange(len(sentence) - 1), sentence[1:]].sum()
+    assert int(sums["tokens"]) == 3 + 1 + 2
+    assert float(sums["loss"]) == pytest.approx(total, rel=1e-5)
 
 
 def test_mean_metrics_of_sums():
