@@ -116,6 +116,17 @@ def test_relative_buckets(bidirectional):
         np.testing.assert_array_equal(got[0, :, t, s], table[bucket])
 
 
+def test_where_the_logarithm_is_whole_the_bucket_is_that_of_float32():
+    """As transformers has it, and so the models that were trained there."""
+    options = dict(rngs=nnx.Rngs(0))
+    both = RelativeBias(N, num_buckets=18, distance=128, bidirectional=True, **options)
+    offsets = jnp.array([7, 8, 15, 16, 63, 64])
+    np.testing.assert_array_equal(both.buckets(-offsets), [4, 5, 5, 6, 7, 8])
+    np.testing.assert_array_equal(both.buckets(offsets), [13, 14, 14, 15, 16, 17])
+    one = RelativeBias(N, num_buckets=54, distance=64, **options)
+    np.testing.assert_array_equal(one.buckets(-jnp.array([35, 36, 37])), [35, 36, 36])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
