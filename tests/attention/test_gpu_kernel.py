@@ -164,8 +164,6 @@ LATER = dict(rope=mqa_jax.Rope(), qk_norm=True, scale=0.7, qkv_bias=True, out_bi
     ("kv_heads", "options"),
     [
         (1, {}),
-        (4, {}),
-        (1, dict(window=3)),
         (4, dict(window=3)),
         (2, LATER),
         (1, LATER | dict(window=3)),

@@ -76,10 +76,8 @@ def cross(attention, x):
         (2, dict(window=3), decode, True, False),
         (2, {}, decode, False, False),
         (4, {}, cross, True, True),
-        pytest.param(4, {}, cross, False, False, marks=pytest.mark.slow),
         (2, LATER | dict(rope=Rope()), decode, True, True),
-        pytest.param(4, LATER, with_bias, True, True, marks=pytest.mark.slow),
-        pytest.param(2, LATER | dict(window=3), with_bias, True, False, marks=pytest.mark.slow),
+        pytest.param(4, LATER | dict(window=3), with_bias, True, True, marks=pytest.mark.slow),
         pytest.param(2, LATER, cross, True, True, marks=pytest.mark.slow),
     ],
 )

@@ -76,7 +76,6 @@ def test_the_first_piece_comes_before_the_last_step(model_type):
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [
-        (DecoderOnly, "greedy"),
         (EncoderDecoder, "greedy"),
         (DecoderOnly, "sample"),
         (EncoderDecoder, "beam_search"),

@@ -13,7 +13,6 @@ from running import (
     losses,
     records,
     run,
-    run_well,
     train,
     train_args,
 )
@@ -61,19 +60,6 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(project, number, processe
     assert losses(stopped.workdir) == pytest.approx(
         losses(project / "run"), rel=0 if processes == 1 else 1e-5, abs=0
     )
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_other_devices(project):
-    """Stopped on one, resumed on four: the same batches and parameters, and sums to rounding."""
-    with Running(project, "moved", setup=SLOWLY) as stopped:
-        stopped.until_step(3)
-        stopped.send(signal.SIGTERM)
-        assert stopped.exit_codes() == [75], stopped.output()
-    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    result = run_well(*train_args(project, "moved", *mesh), cwd=project, devices=4)
-    assert "4 cpu device(s), step" in result.stdout
-    assert losses(stopped.workdir) == pytest.approx(losses(project / "run"), rel=1e-5)
 
 
 @pytest.mark.slow
