@@ -36,9 +36,6 @@ SIZES = dict(
 )
 
 both_tasks = pytest.mark.parametrize("task", MODELS)
-slow_translation = pytest.mark.parametrize(
-    "task", [pytest.param("translation", marks=pytest.mark.slow), "language_model"]
-)
 
 
 @jax.numpy_dtype_promotion("standard")

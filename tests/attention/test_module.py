@@ -239,8 +239,8 @@ def test_one_head_in_half_precision_at_batch_one(dtype):
     [
         (6, None, "bfloat16"),
         (1, None, "float32"),
-        (1, None, "float16"),
-        (3, 3, "float32"),
+        pytest.param(1, None, "float16", marks=pytest.mark.slow),
+        pytest.param(3, 3, "float32", marks=pytest.mark.slow),
         (3, 3, "bfloat16"),
     ],
 )

@@ -235,6 +235,7 @@ def test_a_model_of_another_task_and_one_without_a_tokenizer_are_refused(gpt2, t
     assert f"{gpt2}: there is no tokenizer that can be read" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_text_that_spells_the_end_is_refused_or_left_out(gpt2, tmp_path, capfd):
     path = text(tmp_path / "text", ["txt"])
     with (path / "train.txt").open("a") as file:

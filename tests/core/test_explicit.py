@@ -74,7 +74,7 @@ def cross(attention, x):
     [
         (1, {}, decode, True, True),
         (2, dict(window=3), decode, True, False),
-        (2, {}, decode, False, False),
+        pytest.param(2, {}, decode, False, False, marks=pytest.mark.slow),
         (4, {}, cross, True, True),
         (2, LATER | dict(rope=Rope()), decode, True, True),
         pytest.param(4, LATER | dict(window=3), with_bias, True, True, marks=pytest.mark.slow),

@@ -157,7 +157,8 @@ def test_a_topology_that_libtpu_does_not_know_is_refused_with_the_list():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", [pytest.param("v2:2x2", marks=pytest.mark.slow), "v5e:2x2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v2:2x2", "v5e:2x2"])
 def test_real_compilations(name, capsys):
     assert compile_only.train(tiny_config(fsdp=2), name) == 0
     configs = {"multi_query": tiny_config()}

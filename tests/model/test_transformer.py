@@ -229,11 +229,11 @@ def test_encoder_decoder_equals_numpy(kv_heads):
     ("cls", "variant"),
     [
         (EncoderDecoder, "multi_head_local"),
-        (EncoderDecoder, "rope"),
-        (EncoderDecoder, "relative"),
         (DecoderOnly, "multi_query"),
-        (DecoderOnly, "post"),
         (DecoderOnly, "parallel"),
+        pytest.param(EncoderDecoder, "rope", marks=pytest.mark.slow),
+        pytest.param(EncoderDecoder, "relative", marks=pytest.mark.slow),
+        pytest.param(DecoderOnly, "post", marks=pytest.mark.slow),
     ],
 )
 def test_packed_rows_equal_the_sentences_alone(cls, variant):
@@ -352,8 +352,8 @@ def test_decode_past_the_last_position_is_nan_in_its_row(variant):
 @pytest.mark.parametrize(
     ("cls", "rate"),
     [
-        (EncoderDecoder, "dropout_rate"),
-        (EncoderDecoder, "attention_dropout_rate"),
+        pytest.param(EncoderDecoder, "dropout_rate", marks=pytest.mark.slow),
+        pytest.param(EncoderDecoder, "attention_dropout_rate", marks=pytest.mark.slow),
         (DecoderOnly, "relu_dropout_rate"),
     ],
 )

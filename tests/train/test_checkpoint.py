@@ -441,6 +441,7 @@ def make_batch(seed, rows=4, length=5):
     return dict(target_tokens=tokens)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Optax promotes integer counts to float.
 def test_a_resumed_run_is_the_run_itself(tmp_path):
     """With dropout; it goes on, its states donated, while a checkpoint is being written."""

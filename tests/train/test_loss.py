@@ -65,7 +65,7 @@ def test_segments_by_hand():
 
 
 @given(st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=30))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_segments_are_the_sentences_that_were_packed(lengths):
     (*rows,) = pack(sentences(*lengths), 11, 13)
     batch = make_batch(rows, 11, 13)

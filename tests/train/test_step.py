@@ -26,7 +26,6 @@ from stepping import (
     put,
     random_batch,
     sentences,
-    slow_translation,
 )
 
 from mqa_jax.data import BOS_ID
@@ -63,7 +62,8 @@ def sums_alone(task, model, params, pairs, label_smoothing, z_loss):
     return sums, sum(losses)
 
 
-@slow_translation
+@pytest.mark.slow
+@both_tasks
 def test_packing_and_padding_change_nothing(task):
     """The same four sentences: packed into two rows; a row each; and a batch without any."""
     options, size = dict(label_smoothing=0.1, z_loss=1e-2), (6, 9, 14)
@@ -94,7 +94,13 @@ def test_packing_and_padding_change_nothing(task):
     close(after[2][0], before, rtol=0)
 
 
-@pytest.mark.parametrize("task, optimizer", [("translation", ADAMW), ("language_model", ADAFACTOR)])
+@pytest.mark.parametrize(
+    "task, optimizer",
+    [
+        pytest.param("translation", ADAMW, marks=pytest.mark.slow),
+        ("language_model", ADAFACTOR),
+    ],
+)
 def test_training_learns_a_batch_by_heart(task, optimizer):
     _, state = begin(task, optimizer)
     train_step, batch = make_step(task, optimizer), put(random_batch())
@@ -109,6 +115,7 @@ def test_training_learns_a_batch_by_heart(task, optimizer):
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone():
     frozen, task = optax.sgd(0.0), "language_model"
     changes = dict(relu_dropout_rate=0.4)
@@ -131,7 +138,8 @@ def test_dropout_depends_on_seed_and_step_alone():
     np.testing.assert_allclose(np.mean(losses), evaluated, rtol=0.05)
 
 
-@slow_translation
+@pytest.mark.slow
+@both_tasks
 def test_parts_of_a_batch_add_up_to_the_whole(task):
     """Parts have different numbers of tokens, so that a mean of their means would be another."""
     pairs = sentences((3, 4), (2, 5), (3, 1), (2, 2), (6, 5), (1, 1))
@@ -181,7 +189,11 @@ def test_rematerialization_saves_memory_and_changes_nothing(task):
         assert memory[1] < 0.8 * memory[0]
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, ADAFACTOR])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(ADAMW, marks=pytest.mark.slow), ADAFACTOR],
+    ids=["adamw", "adafactor"],
+)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_position(optimizer):
     task = "language_model"
     model, state = begin(task, optimizer)
@@ -216,6 +228,7 @@ def test_parts_of_bfloat16_weights_add_up_in_float32():
     assert norms[1] == pytest.approx(norms[0], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_step_of_bfloat16_weights_is_done_in_float32():
     """Of a whole batch: the means of the gradients, their norm, and the sum with the changes."""
 

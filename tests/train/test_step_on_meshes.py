@@ -112,7 +112,8 @@ def test_activations_are_split_as_the_batch_is_and_not_as_the_weights():
     assert names and all(name.endswith(("/gather", "/scatter-add")) for name in names)
 
 
-@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_mesh_changes_nothing_but_the_place(sizes):
     expected_metrics, expected_params, _ = three_steps((1, 1, 1))
     metrics, params, compilations = three_steps(sizes)
