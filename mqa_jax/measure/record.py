@@ -3,11 +3,14 @@
 Knows no JAX.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,7 @@ def record(
     """
     run = Run(about, [], is_complete=False)
     try:
-        for cost in costs:
+        for cost in _interruptible(costs):
             run.costs.append(cost)
             save(run, path)
             print(
@@ -82,6 +85,26 @@ def record(
     run = dataclasses.replace(run, is_complete=True)
     save(run, path)
     return run
+
+
+def _interruptible(costs: Iterable[Cost]) -> Iterator[Cost]:
+    """`costs`, up to an interrupt: in a callback of the garbage collector, of which JAX has one,
+    the KeyboardInterrupt itself is printed and gone."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as stack:
+        # A thread beside the main one may not set it, and who ignores it has a reason.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupt))
+        for cost in costs:
+            yield cost
+            if interrupts:
+                raise KeyboardInterrupt
 
 
 def save(run: Run, path: str | Path) -> None:

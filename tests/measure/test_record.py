@@ -1,7 +1,10 @@
 """The record of a run, saved and loaded."""
 
 import dataclasses
+import gc
 import json
+import os
+import signal
 
 import pytest
 from costs import ABOUT, COST, cost, run
@@ -94,3 +97,29 @@ def test_each_row_is_saved_at_once_and_an_interrupt_keeps_them(tmp_path, capsys)
     assert kept == load(path) == Run(ABOUT, rows, is_complete=False)
     assert "interrupted: 2 rows are kept" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_ends_it_though_what_it_raises_is_swallowed(tmp_path):
+    """As in the callback that JAX has the garbage collector call."""
+    rows = [cost(batch=2), cost(batch=3)]
+
+    def interrupted(phase, _):
+        if phase == "start":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def measure():
+        yield rows[0]
+        gc.callbacks.append(interrupted)
+        gc.collect()
+        gc.callbacks.remove(interrupted)
+        yield rows[1]
+        raise AssertionError("it goes on")
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        kept = record(measure(), ABOUT, tmp_path / "benchmark.json")
+    finally:
+        handler = signal.signal(signal.SIGINT, previous)
+    assert kept == Run(ABOUT, rows, is_complete=False)
+    assert handler is signal.default_int_handler
