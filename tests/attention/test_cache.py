@@ -57,8 +57,8 @@ def bytes_of(cache):
 @pytest.mark.parametrize(
     ("kv_heads", "window", "dtype"),
     [(6, None, "float32"), (3, 3, "float32"), (1, None, "float32")]
-    + [(1, w, "float32") for w in (1, T, T + 2)]
-    + [(6, 3, "bfloat16"), (1, None, "bfloat16")],
+    + [pytest.param(1, w, "float32", marks=pytest.mark.slow) for w in (1, T, T + 2)]
+    + [(6, 3, "bfloat16"), pytest.param(1, None, "bfloat16", marks=pytest.mark.slow)],
 )
 def test_decode_equals_the_full_pass_from_every_prefix_length(kv_heads, window, dtype):
     attention = module(kv_heads, window, dtype)
@@ -219,7 +219,15 @@ def test_lengths_that_the_chunk_does_not_have_raise_and_under_jit_are_nan(length
             np.testing.assert_array_equal(np.isnan(output).any((1, 2)), rows == 1)
 
 
-@pytest.mark.parametrize(("kv_heads", "length"), [(6, 1), (3, 1), (1, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("kv_heads", "length"),
+    [
+        pytest.param(6, 1, marks=pytest.mark.slow),
+        (3, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        (1, 4),
+    ],
+)
 def test_beams_over_a_cross_cache_equal_a_tiled_memory(kv_heads, length):
     batch, beams = 2, 3
     attention = module(kv_heads)

@@ -168,7 +168,15 @@ def test_softmax_of_bfloat16_inputs_is_taken_in_float32():
     close(output[0, 0, 0], [1 / (1 + np.exp(-1))] * 2, rtol=0, atol=2**-8)  # 0.731, not 0.5
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "causal", "keys", "full"])
+@pytest.mark.parametrize(
+    "mask_kind",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("causal", marks=pytest.mark.slow),
+        "keys",
+        "full",
+    ],
+)
 def test_queries_in_blocks_give_what_they_give_at_once(mask_kind, monkeypatch):
     _, key, value, _ = inputs(3, 17)
     query, cotangent = (normal(i, B, 17, N, H) for i in (0, 1))

@@ -48,10 +48,10 @@ def arrays(batch, length, heads, kv_heads, slots, dtype="float32"):
     ("heads", "kv_heads", "splits", "dtype"),
     [
         (6, 6, 1, "float32"),
-        (6, 2, 2, "float32"),
+        pytest.param(6, 2, 2, "float32", marks=pytest.mark.slow),
         (6, 1, 5, "float32"),
-        (20, 1, 1, "float32"),
-        (6, 1, 1, "bfloat16"),
+        pytest.param(20, 1, 1, "float32", marks=pytest.mark.slow),
+        pytest.param(6, 1, 1, "bfloat16", marks=pytest.mark.slow),
         (6, 2, 5, "bfloat16"),
     ],
 )
@@ -84,12 +84,12 @@ def test_masks_of_every_query_and_of_all(length, mask_length, splits):
 @pytest.mark.parametrize(
     ("kind", "splits", "bad"),
     [
-        ("end", 1, np.nan),
+        pytest.param("end", 1, np.nan, marks=pytest.mark.slow),
         ("end", 3, np.inf),
-        ("mask", 1, np.inf),
+        pytest.param("mask", 1, np.inf, marks=pytest.mark.slow),
         ("mask", 3, np.nan),
         ("mask_of_each", 1, np.nan),
-        ("mask_of_each", 3, np.inf),
+        pytest.param("mask_of_each", 3, np.inf, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_seen_may_be_anything_and_what_is_seen_spoils_its_query(kind, splits, bad):

@@ -224,7 +224,9 @@ def test_slots_of_a_cache_that_hold_no_token(kv_heads, slots, dtype, bad):
         assert not np.isfinite(output[2]).any() and np.isfinite(output[:2]).all()
 
 
-@pytest.mark.parametrize(("kv_heads", "bad"), [(3, np.inf), (1, np.nan)])
+@pytest.mark.parametrize(
+    ("kv_heads", "bad"), [pytest.param(3, np.inf, marks=pytest.mark.slow), (1, np.nan)]
+)
 def test_empty_slots_of_a_ring(kv_heads, bad):
     attention, x = module(kv_heads, window=4), normal(2, 2, T, D)
     clean = attention.init_cache(2, T)
@@ -245,7 +247,12 @@ def test_empty_slots_of_a_ring(kv_heads, bad):
 
 @pytest.mark.parametrize(
     ("beams", "kv_heads", "bad"),
-    [(1, 3, np.nan), (1, 1, np.inf), (3, 3, np.inf), (3, 1, np.nan)],
+    [
+        (1, 3, np.nan),
+        pytest.param(1, 1, np.inf, marks=pytest.mark.slow),
+        pytest.param(3, 3, np.inf, marks=pytest.mark.slow),
+        (3, 1, np.nan),
+    ],
 )
 def test_a_memory_where_its_mask_is_false(beams, kv_heads, bad):
     attention, mask = module(kv_heads), np.arange(S)[None] < np.array([[4], [9]])

@@ -19,7 +19,15 @@ def module(kv_heads=3, **kwargs):
     return mqa_jax.Attention(D, N, kv_heads, H, **dict(rngs=nnx.Rngs(0)) | kwargs)
 
 
-@pytest.mark.parametrize(("kv_heads", "is_cross"), [(6, 0), (3, 0), (1, 0), (1, 1)])
+@pytest.mark.parametrize(
+    ("kv_heads", "is_cross"),
+    [
+        pytest.param(6, 0, marks=pytest.mark.slow),
+        (3, 0),
+        pytest.param(1, 0, marks=pytest.mark.slow),
+        (1, 1),
+    ],
+)
 def test_module_equals_flax_with_the_same_weights(kv_heads, is_cross):
     ours = module(kv_heads)
     theirs = nnx.MultiHeadAttention(

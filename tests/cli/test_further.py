@@ -258,6 +258,7 @@ def test_data_that_is_made_anew_keeps_no_other_tokenizer(gpt2, tmp_path):
     assert {file.name for file in made.glob("tokenizer.*")} == {"tokenizer.model"}
 
 
+@pytest.mark.slow
 def test_preparing_needs_the_tokenizer_too(gpt2, tmp_path, capfd):
     path = text(tmp_path / "text", ["txt"])
     config = ["--config=own_language_model", f"--config.data.path={path}", *TINY]

@@ -133,11 +133,11 @@ def test_every_large_weight_names_its_axes():
 @pytest.mark.parametrize(
     ("make", "sizes", "num_kv_heads"),
     [
-        (make_mesh, (8, 1, 1), 1),
-        (make_mesh, (1, 8, 1), 4),
+        pytest.param(make_mesh, (8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param(make_mesh, (1, 8, 1), 4, marks=pytest.mark.slow),
         (make_mesh, (2, 2, 2), 1),
-        (make_mesh, (2, 1, 4), 4),
-        (explicit_mesh, (2, 2, 2), 1),
+        pytest.param(make_mesh, (2, 1, 4), 4, marks=pytest.mark.slow),
+        pytest.param(explicit_mesh, (2, 2, 2), 1, marks=pytest.mark.slow),
         (explicit_mesh, (2, 2, 2), 4),
     ],
 )

@@ -218,7 +218,9 @@ def test_a_rule_does_not_hide_what_is_no_number(on_log_probs):
     np.testing.assert_array_equal(decoded.is_finite, [True, False])
 
 
-@pytest.mark.parametrize("beam_rules", [BeamRules(), TRANSFORMERS])
+@pytest.mark.parametrize(
+    "beam_rules", [pytest.param(BeamRules(), marks=pytest.mark.slow), TRANSFORMERS]
+)
 def test_a_score_for_each_token(beam_rules):
     """The model's own; they add up to that of the hypothesis where no rule is asked."""
     length, alpha = 6, 1.0

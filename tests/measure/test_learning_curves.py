@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from running import ROOT, run_well
 
 SCRIPT = ROOT / "benchmarks/learning_curves.py"
 
 
+@pytest.mark.slow
 def test_curves_are_kept_and_drawn_again_from_what_was_kept(tmp_path):
     for seed, values in (("0", [4.0, 2.0]), ("1", [3.0, 1.5])):
         workdir = tmp_path / f"multi_query-{seed}"

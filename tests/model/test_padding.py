@@ -140,7 +140,8 @@ def test_a_bad_id_stays_in_its_sentence_of_a_packed_row(bad):
         np.testing.assert_array_equal(np.isnan(got[0, 0]).all(), cls is mqa_jax.EncoderDecoder)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_caches_of_a_dtype_of_their_own(dtype):
     target = tokens(1, B, T)
     model = build(mqa_jax.DecoderOnly)

@@ -154,7 +154,7 @@ saved(written, state)
 """
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_other_devices_read_what_these_wrote_and_back(tmp_path, devices):
     """Those of another process, which has one alone: none of those that the arrays were on."""
     state = make_state("adamw", 0, step=7, devices=jax.devices()[-devices:])
@@ -339,7 +339,10 @@ def two_checkpoints(tmp_path_factory):
     return directory, states
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [name if name == "flipped" else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES],
+)
 def test_every_damaged_file_is_named_and_the_one_before_is_used(
     two_checkpoints, tmp_path, caplog, damage
 ):
