@@ -1,6 +1,6 @@
 """Kills at random moments, until the run is done: it ends with the bytes of one never disturbed.
 
-MQA_JAX_KILLS is how many (5), MQA_JAX_SEED what they are drawn from (0).
+MQA_JAX_KILLS is how many (4), MQA_JAX_SEED what they are drawn from (0).
 """
 
 import os
@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from running import Running, checkpoints, losses, train
 
-KILLS = int(os.environ.get("MQA_JAX_KILLS", 5))
+KILLS = int(os.environ.get("MQA_JAX_KILLS", 4))
 SEED = int(os.environ.get("MQA_JAX_SEED", 0))
 # A step with its share of a checkpoint takes a sixth of a second on two cores; at most a second of
 # them is done between two kills.
