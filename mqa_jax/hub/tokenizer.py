@@ -123,18 +123,22 @@ class FastTokenizer(Tokenizer):
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What is put in front of a text, and behind it."""
-        letters = ("a", *(self._tokenizer.decode([id]) for id in range(self.vocab_size)))
-        for text in letters:
+        for text in self._texts():
             try:
                 whole = self._tokenizer.encode(text)
             except Exception:  # It has no id for a letter, nor one for what is unknown.
                 continue
             # An id that is put there may be one of text, too: what an unknown letter has, say.
-            if of_text := [
-                i for i, is_added in enumerate(whole.special_tokens_mask) if not is_added
-            ]:
+            added = whole.special_tokens_mask
+            if of_text := [i for i, is_added in enumerate(added) if not is_added]:
                 return tuple(whole.ids[: of_text[0]]), tuple(whole.ids[of_text[-1] + 1 :])
         raise ValueError("no text has an id")
+
+    def _texts(self) -> Iterator[str]:
+        """Of which one has ids; nearly always the first, since the others take long to list."""
+        yield "a"
+        for id in self._tokenizer.get_vocab().values():
+            yield self._tokenizer.decode([id])
 
     def _encode(self, text: str) -> list[int]:
         with _told(f"the tokenizer fails at the text {text!r:.60}"):
