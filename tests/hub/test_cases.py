@@ -163,7 +163,7 @@ REASONS = {
     "extra_tensor": r"model\.layers\.1\.self_attn\.q_proj\.bias.*no place",
     "huge_header": rf"its header has {2**60} bytes",
     "index_lacks_tensor": r"layers\.1\.self_attn\.k_proj\.weight is in .* it is nowhere",
-    "index_leaves_folder": r"names the file '\.\./.*beside the index",
+    "index_leaves_folder": r"names the file .*_good.*\.safetensors file beside it",
     "integer_tensor": r"layers\.1\.self_attn\.k_proj\.weight is I8.*quantized",
     "missing_tensor": r"lacks the tensor model\.layers\.1\.self_attn\.k_proj\.weight",
     "no_config": r"has no config\.json",
