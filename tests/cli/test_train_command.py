@@ -1,13 +1,10 @@
 """Training as a user types it: prepare, train, kill, resume; and the quickstart as a whole."""
 
 import json
-import signal
 
 import pytest
 from running import (
     ROOT,
-    Running,
-    checkpoints,
     losses,
     records,
     run,
@@ -37,17 +34,6 @@ def test_the_rate_that_is_logged_is_that_of_the_step(project):
     # The first step is that of position 0.
     assert logged == pytest.approx({step: float(schedule(step - 1)) for step in range(1, 9)})
     assert len({*logged.values()}) > 1
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_with_the_same_losses(project):
-    # Steps 1 to 3 are in a checkpoint; the kill comes somewhere behind it.
-    with Running(project, "killed") as killed:
-        killed.until(lambda: checkpoints(killed.workdir) and len(losses(killed.workdir)) >= 4)
-        killed.send(signal.SIGKILL)
-    result = train(project, "killed")
-    assert "step 0 to 8" not in result.stdout
-    assert losses(project / "killed") == losses(project / "run")
 
 
 def test_a_finished_run_is_left_as_it_is(project):

@@ -57,14 +57,10 @@ def dist(tmp_path_factory) -> Path:
     return directory
 
 
-def install(directory: Path, dist: Path, extra: str = "") -> Path:
-    """A new environment with the wheel; returns its folder of programs."""
-    venv.create(directory / "venv", with_pip=True)
-    programs = directory / "venv" / "bin"
+def install(programs: Path, dist: Path, extra: str = "") -> None:
     (wheel,) = dist.glob("*.whl")
-    pip = [programs / "python", "-m", "pip", "install", "--quiet", f"{wheel}{extra}"]
-    subprocess.run(pip, check=True, cwd=directory)
-    return programs
+    pip = [programs / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
+    subprocess.run([*pip, f"{wheel}{extra}"], check=True, cwd=programs)
 
 
 def files(*patterns: str, under: Path) -> set[str]:
@@ -102,9 +98,18 @@ def test_the_archives_are_whole(dist):
     assert wanted <= names
 
 
-def test_the_core_alone(dist, tmp_path):
+def test_the_core_alone_and_what_train_adds(dist, tmp_path):
+    """In one environment, to which the extra is added as whoever misses it would add it."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    programs = tmp_path / "venv" / "bin"
+    install(programs, dist)
+    check_the_core_alone(programs, tmp_path)
+    install(programs, dist, "[train]")
+    check_train(programs, tmp_path / "work")
+
+
+def check_the_core_alone(programs, tmp_path):
     """The README's example runs with the core; what is missing is said in one line."""
-    programs = install(tmp_path, dist)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     run(programs / "python", "-c", snippet, cwd=tmp_path)
     installed = run(
@@ -131,10 +136,8 @@ def test_the_core_alone(dist, tmp_path):
         assert result.stderr.splitlines()[-1].endswith(f'pip install "mqa_jax[{extra}]"')
 
 
-def test_with_train(dist, tmp_path):
+def check_train(programs, work):
     """A model trains and decodes with [train] alone, from a directory that has nothing of ours."""
-    programs = install(tmp_path, dist, "[train]")
-    work = tmp_path / "work"
     work.mkdir()
     run(programs / "mqa-jax", "train", *TINY, cwd=work)
     (work / "in.txt").write_text("two hundred and five dollars\nseven\n")

@@ -84,9 +84,7 @@ def loss_curve(task, sizes, **changes):
 @pytest.mark.parametrize(
     ("task", "num_kv_heads", "sizes"),
     [
-        ("translation", 1, (8, 1, 1)),
         ("translation", 1, (1, 8, 1)),
-        ("translation", 1, (2, 2, 2)),
         ("translation", 8, (1, 1, 8)),
         ("language_model", 8, (2, 2, 2)),
     ],
