@@ -245,7 +245,7 @@ def test_one_head_in_half_precision_at_batch_one(dtype):
 @pytest.mark.parametrize(
     ("kv_heads", "window", "dtype"),
     [
-        (6, None, "bfloat16"),
+        pytest.param(6, None, "bfloat16", marks=pytest.mark.slow),
         (1, None, "float32"),
         pytest.param(1, None, "float16", marks=pytest.mark.slow),
         pytest.param(3, 3, "float32", marks=pytest.mark.slow),

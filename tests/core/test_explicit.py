@@ -72,11 +72,11 @@ def cross(attention, x):
 @pytest.mark.parametrize(
     ("num_kv_heads", "options", "use", "compiled", "is_set"),
     [
-        (1, {}, decode, True, True),
+        pytest.param(1, {}, decode, True, True, marks=pytest.mark.slow),
         (2, dict(window=3), decode, True, False),
         pytest.param(2, {}, decode, False, False, marks=pytest.mark.slow),
         (4, {}, cross, True, True),
-        (2, LATER | dict(rope=Rope()), decode, True, True),
+        pytest.param(2, LATER | dict(rope=Rope()), decode, True, True, marks=pytest.mark.slow),
         pytest.param(4, LATER | dict(window=3), with_bias, True, True, marks=pytest.mark.slow),
         pytest.param(2, LATER, cross, True, True, marks=pytest.mark.slow),
     ],

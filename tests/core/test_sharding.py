@@ -252,10 +252,10 @@ RULES = [RepetitionPenalty(1.3), NoRepeatNgram(2), MinNewTokens(3, 1), Forbid((7
     ("model_type", "options", "make", "sizes"),
     [
         (DecoderOnly, dict(num_kv_heads=8), make_mesh, (2, 2, 2)),
-        (DecoderOnly, dict(num_kv_heads=1), explicit_mesh, (2, 2, 2)),
         *(
             pytest.param(model_type, *setting, marks=pytest.mark.slow)
             for model_type, *setting in (
+                (DecoderOnly, dict(num_kv_heads=1), explicit_mesh, (2, 2, 2)),
                 (EncoderDecoder, dict(num_kv_heads=1), make_mesh, (1, 2, 4)),
                 (DecoderOnly, LATER["rope"], explicit_mesh, (2, 2, 2)),
                 (DecoderOnly, LATER["parallel"], explicit_mesh, (2, 2, 2)),

@@ -220,6 +220,7 @@ def test_what_killed_preparations_left_is_removed(config):
     assert [path.exists() for path in (*left, *kept)] == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_two_at_once_make_it_once(config, tmp_path):
     """The second waits for the first, and finds what it made."""
     (tmp_path / "data.json").write_text(json.dumps(config.to_dict()))

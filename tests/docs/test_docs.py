@@ -19,17 +19,14 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = [
-    pytest.param(
-        block,
-        id=f"{page.relative_to(ROOT)}-{number}",
-        marks=() if page.parent == ROOT else pytest.mark.slow,
-    )
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
     for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), start=1)
 ]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)} | CACHED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", EXAMPLES)
 def test_examples_run_as_they_stand(block, tmp_path):
     if '"DIR"' in block:
