@@ -63,11 +63,12 @@ STANDARD = "-"  # Input and output of the process.
 def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
     string = functools.partial(flags.DEFINE_string, flag_values=values)
-    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     string("workdir", None, "the --workdir of a training run")
     define_model(values, "decodes with it")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "for --model", flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    integer("max_length", None, "for --model: positions, in place of its own; a T5 has 512 else")
     string("input", "-", "a text, .gz perhaps, to decode line by line; - is standard input")
     string("output", "-", "where the lines go; - is standard output")
     string("reference", None, "the right lines: tells BLEU, or what --score is of")
@@ -129,7 +130,9 @@ def define(values: flags.FlagValues) -> None:
 
 def check(args: flags.FlagValues) -> None:
     """Raises a ValueError, before anything is loaded, for flags that make no sense."""
-    if (args.workdir is None) == (args.model is None):
+    if args.workdir is not None and args.model is not None:
+        raise ValueError("--workdir, of a run, and --model, of the hub, exclude each other")
+    if args.workdir is None and args.model is None:
         raise ValueError(
             "give --workdir, of a training run, or --model, of the hub, to decode with, or "
             "--benchmark, to measure"
@@ -141,13 +144,13 @@ def check(args: flags.FlagValues) -> None:
         [
             (not args.score, "with --score", SEARCH_FLAGS),
             (args.sample, "without --sample", "temperature top_k top_p min_p seed"),
-            (args.model, "without --model", "dtype"),
+            (args.model, "without --model", "dtype max_length"),
         ],
     )
     if args.score and args.reference is None:
         raise ValueError("--score needs --reference, the lines to score")
     least_of = dict(batch_size=1, max_new_tokens=1, beam_size=1, top_k=1, seed=0)
-    least_of |= dict(n_best=1, no_repeat_ngram=1, min_new_tokens=0)
+    least_of |= dict(n_best=1, no_repeat_ngram=1, min_new_tokens=0, max_length=1)
     for name, least in least_of.items():
         if args[name].value is not None:
             check_integer(f"--{name}", args[name].value, least=least, most=2**31 - 1)
@@ -229,7 +232,8 @@ def run(args: flags.FlagValues) -> None:
             for line in text:
                 write(line)
             outputs += text
-    print_stats(decoder.stats, len(lines), args.on_long)
+    if not args.score:
+        print_stats(decoder.stats, len(lines), args.on_long)
     if references and not args.score:
         print_scores(outputs, references)
 
@@ -242,10 +246,10 @@ def load_trained(args: flags.FlagValues) -> Source:
     run = workdirs.load_run(workdir)
     ids = run.tokenizer.ids
     eos_ids: tuple[int, ...] = (ids.eos,)
-    rules: tuple[Rule, ...] = only_text(run.tokenizer.vocab_size, run.model.config.vocab_size)
+    rules: tuple[Rule, ...] = ()
     if (generation := getattr(run.tokenizer, "generation", None)) is not None:
         take_defaults(args, generation, workdir)
-        rules = (*rules_of(generation), *rules)
+        rules = rules_of(generation)
         eos_ids = generation.eos_ids or eos_ids
     return Source(
         run.model,
@@ -254,7 +258,10 @@ def load_trained(args: flags.FlagValues) -> Source:
         bos_id=0 if ids.bos is None else ids.bos,
         eos_ids=eos_ids,
         has_bos=ids.bos is not None,
-        rules=rules,
+        rules=(
+            *rules,
+            *only_text(run.tokenizer.vocab_size, run.model.config.vocab_size, eos_ids),
+        ),
     )
 
 

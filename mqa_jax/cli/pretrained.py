@@ -53,7 +53,7 @@ def load_pretrained(args: flags.FlagValues) -> Source:
     from mqa_jax import hub
 
     directory = local_path("--model", args.model)
-    pretrained = hub.load(directory, dtype=args.dtype)
+    pretrained = hub.load(directory, dtype=args.dtype, max_length=args.max_length)
     if pretrained.tokenizer is None:
         raise ValueError(
             f"{directory} has no tokenizer that can be read: tokenizer.json, tokenizer.model, "
@@ -71,7 +71,9 @@ def load_pretrained(args: flags.FlagValues) -> Source:
         has_bos=False,
         rules=(
             *rules_of(generation),
-            *only_text(tokenizer.vocab_size, pretrained.model.config.vocab_size),
+            *only_text(
+                tokenizer.vocab_size, pretrained.model.config.vocab_size, generation.eos_ids
+            ),
         ),
     )
 
@@ -96,6 +98,8 @@ def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
     if args.sample:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             said[name] = getattr(generation, name) or None
+        # transformers' own, of a directory that has none; 0 is none indeed.
+        said["top_k"] = 50 if generation.top_k is None else said["top_k"]
         for name in ("temperature", "top_p"):
             if getattr(generation, name) == 0 and not args[name].present:
                 raise ValueError(
@@ -103,7 +107,8 @@ def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
                 )
     elif not args["beam_size"].present:
         said["beam_size"] = generation.num_beams if generation.num_beams > 1 else None
-    if args.beam_size > 1 or said.get("beam_size"):
+    has_beams = args.beam_size > 1 or said.get("beam_size")
+    if has_beams and not (args["beam_rules"].present and args.beam_rules == "paper"):
         said |= dict(beam_rules="transformers", alpha=generation.length_penalty)
         if generation.length_penalty < 0 and not args["alpha"].present:
             raise ValueError(
@@ -120,10 +125,12 @@ def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
         args[name].value = value
     if taken:
         shown = " ".join(f"--{name}={value}" for name, value in taken.items())
-        print(f"as the model's directory says: {shown}", file=sys.stderr)
+        print(f"as transformers has it for this directory: {shown}", file=sys.stderr)
     unheeded = [*generation.unheeded]
     if generation.max_length and args.max_new_tokens is None:
         unheeded.append("max_length (give --max_new_tokens)")
+    if generation.do_sample and not args.sample:
+        unheeded.append("do_sample (give --sample)")
     # Counts the prompt of a language model, which differs from line to line.
     if generation.min_length and not args["min_new_tokens"].present:
         unheeded.append("min_length (give --min_new_tokens)")
@@ -134,7 +141,10 @@ def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
 def rules_of(generation: Any) -> tuple[Rule, ...]:
     """Its rules that do not change how a text is chosen, but which text there can be."""
     rules: list[Rule] = []
-    if forbidden := [*generation.bad_words, *((id,) for id in generation.suppressed)]:
+    # An end alone is no bad word, as in transformers.
+    ends = {(id,) for id in generation.eos_ids}
+    words = [word for word in generation.bad_words if word not in ends]
+    if forbidden := [*words, *((id,) for id in generation.suppressed)]:
         rules.append(Forbid(forbidden))
     if generation.forced_bos_id is not None:
         rules.append(ForceFirst(generation.forced_bos_id))

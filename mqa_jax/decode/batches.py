@@ -212,6 +212,8 @@ class Batcher:
         limit = width + 50 if self.max_new_tokens is None else self.max_new_tokens
         if self.is_translation:
             return min(width, self.max_length), min(limit, self.max_length)
+        if self.max_new_tokens is None and width + limit > self.max_length:
+            width = length  # Near the last position padding would be at the cost of the answer.
         width = min(width, self.room)
         return width, min(limit, self.max_length - width)
 

@@ -109,7 +109,7 @@ class LineDecoder(Generator):
         super().__init__(model, stop=stops, **options)
         self._tokenizer = tokenizer
         self._begin = [self._bos_id] * (has_bos and not self._batcher.is_translation)
-        self._eos_ids = set(tokenizer.end_ids if eos_ids is None else eos_ids)
+        self._eos_ids = tuple(tokenizer.end_ids if eos_ids is None else eos_ids)
         self.stats = LineStats()
 
     def __call__(  # type: ignore[override]  # Its prompts are lines: for that it is here.
@@ -142,6 +142,9 @@ class LineDecoder(Generator):
                     ids[i] = whole[len(prompts[i]) :]
                 else:
                     ids[i] = ids[i][len(self._tokenizer.begin_ids) :]
+        if not self._ends:
+            # Of a tokenizer that ends no text: the end is the model's alone.
+            ids = [[*answer, *self._eos_ids[:1]] for answer in ids]
         return super().score(params, prompts, ids, name=name)
 
     def texts(
@@ -260,12 +263,14 @@ class LineDecoder(Generator):
 
     def _output(self, part: _Part, ids: list[int], is_best: bool) -> str:
         """As one line."""
-        text = self._text(part, ids)
+        # Not all tokenizers leave it out.
+        ended = next((i for i, id in enumerate(ids) if id in self._eos_ids), len(ids))
+        text = self._text(part, ids[:ended])
         is_stopped = False
         if self._stop is not None:
             is_stopped = self._stop.length(ids) is not None
             text = self._stop.cut(text)
-        if is_best and self._eos_ids.isdisjoint(ids) and not is_stopped:
+        if is_best and ended == len(ids) and not is_stopped:
             self.stats.unended.add(part.place[0])
         return " ".join(text.splitlines())
 

@@ -13,7 +13,7 @@ F phrases
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -151,10 +151,11 @@ class Forbid:
         return _forbid(_occurs(lasts_RF, begun_RF, logits_RV), logits_RV)
 
 
-def only_text(tokens: int, vocab_size: int) -> tuple[Forbid, ...]:
+def only_text(tokens: int, vocab_size: int, ends: Iterable[int] = ()) -> tuple[Forbid, ...]:
     """What forbids the ids that a tokenizer of so many tokens has no text for: a model's tables may
-    be larger. Nothing where they are not."""
-    return (Forbid(range(tokens, vocab_size)),) if tokens < vocab_size else ()
+    be larger. Nothing where they are not, nor ids that end a text, which need none."""
+    forbidden = set(range(tokens, vocab_size)) - set(ends)
+    return (Forbid(sorted(forbidden)),) if forbidden else ()
 
 
 @_rule

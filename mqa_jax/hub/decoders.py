@@ -132,7 +132,8 @@ def _read_starcoder2(keys: Keys, sizes: Fields) -> Fields:
         head_dim=even(keys, "hidden_size", "num_attention_heads"),
         norm="layer",
         norm_epsilon=keys.number("norm_epsilon", 1e-5),
-        window=keys.windows([True] * sizes["num_layers"]),
+        # In all layers, whatever `layer_types` may say.
+        window=None if keys.optional("sliding_window") is None else keys.integer("sliding_window"),
         bias=("qkv", "out", "mlp") if keys.flag("use_bias", True) else (),
         activation=keys.activation("hidden_act", "gelu_pytorch_tanh"),
         gated=False,
@@ -151,11 +152,20 @@ def _write_starcoder2(config: TransformerConfig) -> Fields:
 
 def _read_gemma(keys: Keys, sizes: Fields) -> Fields:
     # Of old files "gelu" is a mistake that was made good in the code: they mean the other one.
-    name = keys.text("hidden_act", "gelu_pytorch_tanh")
-    name = keys.text("hidden_activation", "gelu_pytorch_tanh" if name == "gelu" else name)
+    name = keys.text("hidden_act", tanh := "gelu_pytorch_tanh")
+    name = tanh if name == "gelu" else name
+    activation = keys.known_activation("hidden_act", name)
+    # Which of the two counts has changed from one version of transformers to another.
+    if activation != keys.activation("hidden_activation", name):
+        raise keys.refused("hidden_activation", f"but hidden_act {name!r}: they must be the same")
+    return _read_gemmas(keys, sizes) | dict(activation=activation)
+
+
+def _read_gemmas(keys: Keys, sizes: Fields) -> Fields:
+    """What all have in common."""
     return _read_llama(keys, sizes) | dict(
         head_dim=keys.integer("head_dim", 256, most=MOST_UNITS),
-        activation=keys.known_activation("hidden_activation", name),
+        bias=("qkv", "out") if keys.flag("attention_bias", False) else (),
         embedding_scale=sizes["d_model"] ** 0.5,
     )
 
@@ -167,7 +177,8 @@ def _write_gemma(config: TransformerConfig) -> Fields:
 
 def _read_gemma2(keys: Keys, sizes: Fields) -> Fields:
     is_windowed = [i % 2 == 0 for i in range(sizes["num_layers"])]
-    return _read_gemma(keys, sizes) | dict(
+    return _read_gemmas(keys, sizes) | dict(
+        activation=keys.activation("hidden_activation", "gelu_pytorch_tanh"),
         block="sandwich",
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
         attention_softcap=keys.optional("attn_logit_softcapping", 50.0),
@@ -178,13 +189,13 @@ def _read_gemma2(keys: Keys, sizes: Fields) -> Fields:
 
 def _write_gemma2(config: TransformerConfig) -> Fields:
     by_layer, scale = config.windows, config.attention_scale or config.head_dim**-0.5
-    scalar = scale**-2
     return _write_gemma(config) | dict(
-        # A whole number, but for the rounding of the root.
-        query_pre_attn_scalar=round(scalar) if round(scalar) ** -0.5 == scale else scalar,
+        # Which must be a whole number.
+        query_pre_attn_scalar=max(1, round(scale**-2)),
         attn_logit_softcapping=config.attention_softcap,
         final_logit_softcapping=config.logits_softcap,
-        sliding_window=next(filter(None, by_layer), None),
+        # Never null, though no layer has one.
+        sliding_window=next(filter(None, by_layer), 4096),
         layer_types=layer_types(by_layer),
     )
 

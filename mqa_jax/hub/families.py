@@ -50,7 +50,8 @@ def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]
     """
     keys = Keys(config, where)
     if "model_type" not in keys:
-        raise ValueError(f"{where}: model_type is missing, which says what family it is of")
+        of_run = ": it is of a training run (--workdir)" if "task" in keys else ""
+        raise ValueError(f"{where}: model_type is missing, which says what family it is of{of_run}")
     if (name := keys.text("model_type")) not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise keys.refused("model_type", f"which is not supported: {known} are")

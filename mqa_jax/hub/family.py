@@ -29,6 +29,7 @@ class Family:
       names: module of ours to module of theirs, for a config; see `names`.
       task: of `MODELS`.
       is_tied: what an absent `tie_word_embeddings` means.
+      says_tied: whether the key, where it is false, promises a softmax product of its own.
       only: keys of which one value alone is supported.
       head: what comes in front of most names, and is left out in exports of the model without its
         softmax product.
@@ -49,6 +50,7 @@ class Family:
     names: Callable[[TransformerConfig], Mapping[str, str]]
     task: str = "language_model"
     is_tied: bool = True
+    says_tied: bool = True
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     head: str = ""
     tables: tuple[str, ...] = ()

@@ -69,7 +69,7 @@ class Directory:
     Attributes:
       path: the directory.
       config: `config.json`.
-      generation: `generation_config.json`; empty where there is none.
+      generation: `generation_config.json`; None where there is none.
 
     Raises:
       ValueError: there is no such directory, or no `config.json` in it, or a file is no JSON.
@@ -77,6 +77,8 @@ class Directory:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = local_path("the directory", path)
+        if self.path.is_file():
+            raise ValueError(f"{self.path} is a file: give the directory that it is in")
         if not self.path.is_dir():
             raise ValueError(
                 f"there is no directory {self.path}: download the model first, as with "
@@ -89,7 +91,7 @@ class Directory:
             )
         self.config = json_object(self.path / CONFIG)
         generation = self.path / GENERATION
-        self.generation = json_object(generation) if generation.is_file() else {}
+        self.generation = json_object(generation) if generation.is_file() else None
         self._opened: dict[Path, Any] = {}
 
     @property

@@ -42,7 +42,8 @@ class Generation:
       min_p: likewise the least, as a part of the greatest.
       repetition_penalty: of ids that were there before.
       no_repeat_ngram_size: sequences of that many ids do not come twice.
-      unheeded: keys that ask for what there is no field for, and change what is decoded.
+      unheeded: keys that ask for what there is no field for, and change what is decoded; with
+        their values, which `save` writes again.
     """
 
     eos_ids: tuple[int, ...] = ()
@@ -68,7 +69,7 @@ class Generation:
     min_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
-    unheeded: tuple[str, ...] = ()
+    unheeded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # Their keys, of fields that are an id, a number, and so on.
@@ -98,6 +99,7 @@ _UNKNOWN: dict[str, float | None] = dict(
     begin_suppress_tokens=None,
     constraints=None,
     diversity_penalty=0.0,
+    dola_layers=None,
     encoder_no_repeat_ngram_size=0,
     encoder_repetition_penalty=1.0,
     epsilon_cutoff=0.0,
@@ -105,10 +107,14 @@ _UNKNOWN: dict[str, float | None] = dict(
     exponential_decay_length_penalty=None,
     force_words_ids=None,
     guidance_scale=1.0,
+    max_time=None,
     num_beam_groups=1,
+    num_return_sequences=1,
     penalty_alpha=0.0,
     sequence_bias=None,
     stop_strings=None,
+    token_healing=None,
+    top_h=None,
     typical_p=1.0,
     watermarking_config=None,
 )
@@ -121,14 +127,15 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
     Raises:
       ValueError: a value of another kind, or an id that the model does not have.
     """
-    values: Mapping[str, Any] = files.generation or files.config
-    where = str(files.path / (GENERATION if files.generation else CONFIG))
+    values: Mapping[str, Any] = files.config if files.generation is None else files.generation
+    where = str(files.path / (CONFIG if files.generation is None else GENERATION))
     values = {key: files.config.get(key) for key in _IDS} | {
         key: value for key, value in values.items() if value is not None
     }
     # What an encoder-decoder's target begins with, where nothing else is said.
-    if is_translation and values["decoder_start_token_id"] is None:
-        values["decoder_start_token_id"] = values["pad_token_id"]
+    if is_translation and values["decoder_start_token_id"] in _NO_IDS:
+        bos = values["bos_token_id"]
+        values["decoder_start_token_id"] = values["pad_token_id"] if bos in _NO_IDS else bos
     keys = Keys(values, where)
     fields: dict[str, Any] = {}
     for field, key in _ONE_ID.items():
@@ -154,9 +161,11 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
         if not isinstance(early_stopping, bool) and early_stopping != "never":
             raise keys.refused("early_stopping", 'not true, false or "never"')
         fields["early_stopping"] = early_stopping
-    fields["unheeded"] = tuple(
-        key for key, nothing in _UNKNOWN.items() if keys.get(key) and keys.get(key) != nothing
-    )
+    fields["unheeded"] = {
+        key: value
+        for key, nothing in _UNKNOWN.items()
+        if (value := keys.get(key)) not in (None, [], {}, nothing) and value is not False
+    }
     return Generation(**fields)
 
 
@@ -166,11 +175,11 @@ def write_generation(generation: Generation) -> dict[str, Any]:
     written = {}
     for field in dataclasses.fields(generation):
         value = getattr(generation, field.name)
-        if value != field.default and field.name != "unheeded":
+        if field.name != "unheeded" and value != field.default:
             written[words.get(field.name, field.name)] = _listed(value)
     if len(generation.eos_ids) == 1:
         written["eos_token_id"] = generation.eos_ids[0]
-    return written
+    return written | dict(generation.unheeded)
 
 
 def _listed(value: Any) -> Any:

@@ -18,6 +18,7 @@ ACTIVATIONS = {
 }
 
 _SCALINGS = ("default", "linear", "llama3")
+_LENGTH = "original_max_position_embeddings"
 _WINDOWED = {"sliding_attention": True, "full_attention": False}
 
 
@@ -123,7 +124,7 @@ class Keys:
         if "type" in again:
             again["rope_type"] = again.pop("type")
         for name, value in again.items():
-            if value is not None and said.get(name, value) != value:
+            if value is not None and name in said and said[name] != value:
                 raise ValueError(
                     f"{options.where}: {name} is {said[name]!r}, and in another place {value!r}: "
                     "they cannot both be right"
@@ -141,8 +142,9 @@ class Keys:
             factor=factor,
             low_freq_factor=options.number("low_freq_factor"),
             high_freq_factor=options.number("high_freq_factor"),
-            original_max_length=options.integer(
-                "original_max_position_embeddings", self.get("max_position_embeddings")
+            # Beside the object it counts before what is in it.
+            original_max_length=(self if _LENGTH in self else options).integer(
+                _LENGTH, self.get("max_position_embeddings")
             ),
         )
 

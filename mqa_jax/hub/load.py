@@ -25,6 +25,7 @@ from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import MODELS, Model
 
 SOFTMAX = "lm_head.weight"
+TIED = "tie_word_embeddings"
 MOST_SINES = 2**28  # In the table of a model whose positions are sinusoidal: 1 GiB.
 # What stands beside the part of a model that `Family.head` names.
 _HEADLESS = (SOFTMAX, "final_logits_bias")
@@ -78,7 +79,7 @@ def load(
     family, config = _options(files, dtype, max_length)
     named = _named(family, files)
     table = _table(family, config, files, named)
-    config = _with_softmax(config, files, named, table)
+    config = _with_softmax(family, config, files, named, table)
     generation = read_generation(files, config.vocab_size, family.task == "translation")
     tokenizer = load_tokenizer(files.path, family.model_type)
 
@@ -126,7 +127,8 @@ def read_config(
     family, config = _options(files, dtype, max_length)
     if files.has_weights:
         named = _named(family, files)
-        config = _with_softmax(config, files, named, _table(family, config, files, named))
+        table = _table(family, config, files, named)
+        config = _with_softmax(family, config, files, named, table)
     return family.task, config
 
 
@@ -195,9 +197,19 @@ def _named(family: Family, files: Directory) -> dict[str, str]:
 
 
 def _with_softmax(
-    config: TransformerConfig, files: Directory, named: Mapping[str, str], table: str
+    family: Family,
+    config: TransformerConfig,
+    files: Directory,
+    named: Mapping[str, str],
+    table: str,
 ) -> TransformerConfig:
-    """Of a softmax product of its own where the files have one that is not the token table."""
+    """Of a softmax product of its own where the files have one that is not the token table.
+
+    Raises:
+      ValueError: there is none, though the directory says that there is.
+    """
+    if SOFTMAX not in named and family.says_tied and files.config.get(TIED) is False:
+        raise _missing(files, f"{SOFTMAX} ({TIED} is false)")
     is_tied = SOFTMAX not in named or files.are_equal(named[SOFTMAX], table)
     return dataclasses.replace(config, tied_softmax=is_tied)
 

@@ -67,7 +67,7 @@ def save(
     config = write_options(kind, model.config)
     generation = write_generation(pretrained.generation)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    config |= {key: generation.get(key) for key in ids}
+    config |= {key: generation[key] for key in ids if key in generation}
     weights = weights_by_path(nnx.state(model))
     stored = stored_weights(kind, model.config, {p: x.shape for p, x in weights.items()})
     if SOFTMAX not in stored and not config["tie_word_embeddings"]:

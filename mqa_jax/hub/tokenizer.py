@@ -8,7 +8,7 @@ import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
     "added_tokens.json",
     "tokenizer.model",
     "spiece.model",
@@ -33,7 +34,10 @@ FILES = (
 
 # A language code in front of a text, which is one token of Marian's.
 _LANGUAGE = re.compile(r">>[^<>\s]+<<")
-_SENTINEL = re.compile(r"(<extra_id_\d{1,5}>)")  # There are 10,000 at most.
+
+# An id, None for the next that is free, and how the text is told from what is around it.
+_Added = tuple[int | None, tokenizers.AddedToken]
+_KINDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Tokenizer(abc.ABC):
@@ -150,43 +154,74 @@ class FastTokenizer(Tokenizer):
 
 
 class PieceTokenizer(Tokenizer):
-    """A SentencePiece model, whose ids are the model's."""
+    """A SentencePiece model, whose ids are the model's, and tokens beside it."""
 
     def __init__(
         self,
         model: sentencepiece.SentencePieceProcessor,
         files: Mapping[str, bytes],
+        added: Mapping[str, _Added],
         *,
         has_begin: bool,
         has_end: bool,
         sentinels: int = 0,
     ):
         """Args:
+        added: tokens that are looked for in a text before it is taken to pieces.
         has_begin: whether a text begins with the model's id for that.
         has_end: likewise at its end.
         sentinels: ids behind the model's, `<extra_id_0>` being the last.
         """
-        self._model, self.files, self._sentinels = model, files, sentinels
+        self._model, self.files = model, files
+        size = model.vocab_size()
+        # Its own that are of no text, `</s>` say, are no pieces of one either.
+        self._added = {
+            model.id_to_piece(id): id
+            for id in range(size)
+            if model.is_control(id) or model.is_unknown(id)
+        }
+        self._added |= {f"<extra_id_{i}>": size + sentinels - 1 - i for i in range(sentinels)}
+        self._shown: dict[int, str] = {}
+        around = dict.fromkeys(self._added, ("", ""))
+        for text, (number, token) in added.items():
+            id = self._added.get(text, max([size - 1, *self._added.values()]) + 1)
+            self._added[text] = id = id if number is None else number
+            around[text] = (r"\s*" * token.lstrip, r"\s*" * token.rstrip)
+            if not token.special:
+                self._shown[id] = text
+        longest_first = sorted(self._added, key=len, reverse=True)
+        pattern = "|".join(around[t][0] + re.escape(t) + around[t][1] for t in longest_first)
+        self._of_added = re.compile(f"({pattern})") if pattern else None
         self.begin_ids = (model.bos_id(),) if has_begin and model.bos_id() >= 0 else ()
         self.end_ids = (model.eos_id(),) if has_end and model.eos_id() >= 0 else ()
 
     @property
     def vocab_size(self) -> int:
-        return self._model.vocab_size() + self._sentinels
+        return max([self._model.vocab_size() - 1, *self._added.values()]) + 1
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in _SENTINEL.split(text) if self._sentinels else [text]:
-            number = int(part[10:-1]) if _SENTINEL.fullmatch(part) else self._sentinels
-            if number < self._sentinels:
-                ids.append(self.vocab_size - 1 - number)
+        # Every other part is of a token that was added.
+        for i, part in enumerate(self._of_added.split(text) if self._of_added else [text]):
+            if i % 2:
+                ids.append(self._added[part if part in self._added else part.strip()])
             elif part:
                 ids += self._model.encode(part)
         return ids
 
     def _decode(self, ids: list[int]) -> str:
-        # SentencePiece gives its control ids no text; the sentinels are not its own.
-        return self._model.decode([id for id in ids if id < self._model.vocab_size()])
+        # SentencePiece gives its control ids no text; those that were added are not its own.
+        text, part = "", list[int]()
+        for id in [*ids, None]:
+            if id is not None and id < self._model.vocab_size() and id not in self._shown:
+                part.append(id)
+            elif id is None or id in self._shown:
+                # In front of a text it leaves a space out, which within one it does not.
+                inner = bool(text) and bool(part) and self._model.id_to_piece(part[0])[:1] == "▁"
+                text += " " * inner + self._model.decode(part)
+                text += "" if id is None else self._shown[id]
+                part = []
+        return text
 
 
 class MarianTokenizer(Tokenizer):
@@ -241,28 +276,74 @@ def load_tokenizer(directory: Path, model_type: str) -> Tokenizer | None:
     files = {path.name: path.read_bytes() for path in paths}
     path = directory / "tokenizer_config.json"
     options = json_object(path) if path.is_file() else {}
+    added = _added_tokens(directory, options)
     if model_type == "marian":
         if {"source.spm", "target.spm", "vocab.json"} <= files.keys():
             return _marian(directory, files)
     elif "tokenizer.json" in files:
         path = directory / "tokenizer.json"
-        return _fast(path, lambda: tokenizers.Tokenizer.from_buffer(files[path.name]), files)
+        read = functools.partial(tokenizers.Tokenizer.from_buffer, files[path.name])
+        return _fast(path, read, options, added, files)
     elif "spiece.model" in files:
         sentinels = options.get("extra_ids", 100)
         if type(sentinels) is not int or not 0 <= sentinels <= 10_000:
             raise ValueError(f"{path}: extra_ids is {sentinels!r}, not a number up to 10000")
         model = _pieces(directory / "spiece.model")
-        return PieceTokenizer(model, files, has_begin=False, has_end=True, sentinels=sentinels)
+        return PieceTokenizer(
+            model, files, added, has_begin=False, has_end=True, sentinels=sentinels
+        )
     elif "tokenizer.model" in files:
         return PieceTokenizer(
             _pieces(directory / "tokenizer.model"),
             files,
+            added,
             has_begin=options.get("add_bos_token", True) is not False,
             has_end=options.get("add_eos_token", False) is True,
         )
     elif model_type == "gpt2" and {"vocab.json", "merges.txt"} <= files.keys():
-        return _fast(directory / "merges.txt", lambda: _byte_level(directory), files)
+        read = functools.partial(_byte_level, directory, options)
+        return _fast(directory / "merges.txt", read, options, added, files)
     return None
+
+
+def _added_tokens(directory: Path, options: Mapping[str, Any]) -> dict[str, _Added]:
+    """Tokens that stand beside the vocabulary, by their texts, as transformers finds them: in
+    `tokenizer_config.json`, or of old directories in `added_tokens.json`.
+
+    Raises:
+      ValueError: something in there is no token.
+    """
+    path, found = directory / "tokenizer_config.json", dict[str, _Added]()
+    extra = options.get("extra_special_tokens") or options.get("additional_special_tokens") or []
+    extra = [_text(token) for token in extra] if isinstance(extra, list) else []
+    if isinstance(by_id := options.get("added_tokens_decoder"), dict):
+        for id, fields in by_id.items():
+            text = _text(fields) if isinstance(fields, dict) and id.isdecimal() else None
+            if not text:
+                raise ValueError(
+                    f"{path}: added_tokens_decoder has {fields!r:.60} at {id!r:.20}: it is no token"
+                )
+            kind = {name: fields[name] is True for name in _KINDS[1:] if name in fields}
+            found[text] = int(id), tokenizers.AddedToken(text, **kind)
+    elif (path := directory / "added_tokens.json").is_file():
+        own = directory / "special_tokens_map.json"
+        named = {**options, **(json_object(own) if own.is_file() else {})}
+        special = {_text(named[key]) for key in named if key.endswith("_token")} | {*extra}
+        for text, id in json_object(path).items():
+            if type(id) is not int or id < 0 or not text:
+                raise ValueError(f"{path}: the id of {text!r:.60} is {id!r:.20}: it is none")
+            kind = dict(normalized=text not in special, special=text in special)
+            found[text] = id, tokenizers.AddedToken(text, **kind)
+    for text in filter(None, extra):
+        token = tokenizers.AddedToken(text, normalized=False, special=True)
+        found.setdefault(text, (None, token))
+    return found
+
+
+def _text(token: Any) -> str | None:
+    """Of a token as the files have it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 @contextlib.contextmanager
@@ -276,12 +357,41 @@ def _told(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error
 
 
-def _fast(path: Path, read: Any, files: Mapping[str, bytes]) -> FastTokenizer:
+def _fast(
+    path: Path,
+    read: Callable[[], tokenizers.Tokenizer],
+    options: Mapping[str, Any],
+    added: Mapping[str, _Added],
+    files: Mapping[str, bytes],
+) -> FastTokenizer:
     with _told(f"{path} is no tokenizer that can be read"):
-        return FastTokenizer(read(), files)
+        tokenizer = read()
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        new = [token for text, (_, token) in _by_id(added) if text not in known]
+        for token in new:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        # transformers' GPT-2 alone takes it from there.
+        is_gpt2 = str(options.get("tokenizer_class")).startswith("GPT2Tokenizer")
+        has_space, splits = options.get("add_prefix_space"), tokenizer.pre_tokenizer
+        is_bytes = isinstance(splits, tokenizers.pre_tokenizers.ByteLevel)
+        if is_gpt2 and is_bytes and isinstance(has_space, bool):
+            splits.add_prefix_space = has_space
+            tokenizer.pre_tokenizer = splits
+        for text, (id, _) in added.items():
+            if id is not None and tokenizer.token_to_id(text) != id:
+                raise ValueError(
+                    f"{text!r:.60} is said to have the id {id} in another file, and has "
+                    f"{tokenizer.token_to_id(text)}"
+                )
+        return FastTokenizer(tokenizer, files)
 
 
-def _byte_level(directory: Path) -> tokenizers.Tokenizer:
+def _by_id(added: Mapping[str, _Added]) -> list[tuple[str, _Added]]:
+    """Those without an id behind the others."""
+    return sorted(added.items(), key=lambda item: (item[1][0] is None, item[1][0] or 0))
+
+
+def _byte_level(directory: Path, options: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """GPT-2's own, of its two files."""
     files = [str(directory / name) for name in ("vocab.json", "merges.txt")]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
@@ -289,6 +399,11 @@ def _byte_level(directory: Path) -> tokenizers.Tokenizer:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     if tokenizer.token_to_id("<|endoftext|>") is not None:
         tokenizer.add_special_tokens(["<|endoftext|>"])
+    bos = _text(options.get("bos_token", "<|endoftext|>"))
+    if options.get("add_bos_token") is True and bos and tokenizer.token_to_id(bos) is not None:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     return tokenizer
 
 

@@ -24,8 +24,9 @@ def _read_t5(keys: Keys, sizes: Fields) -> Fields:
     activation = projection.removeprefix("gated-")
     if projection == "gated-gelu":
         activation = "gelu_new"
-    is_scaled = keys.flag("tie_word_embeddings", not is_mt5)
-    is_scaled = keys.flag("scale_decoder_outputs", is_scaled)
+    # Of a mT5 the one key says nothing, and the other it does not have.
+    is_scaled = keys.flag("scale_decoder_outputs", keys.flag("tie_word_embeddings", True))
+    is_scaled = is_scaled and not is_mt5
     return dict(
         num_layers=keys.integer(
             "num_decoder_layers", sizes["num_encoder_layers"], most=MOST_LAYERS
@@ -106,6 +107,8 @@ def _write_marian(config: TransformerConfig) -> Fields:
         activation_function=written(config.activation, silu="swish"),
         scale_embedding=config.embedding_scale != 1.0,
         share_encoder_decoder_embeddings=True,
+        # About all tables together; that the softmax has one of its own, its tensor tells.
+        tie_word_embeddings=True,
         is_encoder_decoder=True,
     )
 
@@ -120,6 +123,7 @@ _T5_LIKE: dict[str, Any] = dict(
     task="translation",
     tables=("decoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
     ignored={_CROSS_BIAS: None},
+    says_tied=False,
     only=dict(is_encoder_decoder=True),
 )
 

@@ -59,7 +59,7 @@ def make_evaluate(
         search=functools.partial(
             greedy,
             eos_id=tokenizer.ids.eos,
-            rules=only_text(tokenizer.vocab_size, model.config.vocab_size),
+            rules=only_text(tokenizer.vocab_size, model.config.vocab_size, (tokenizer.ids.eos,)),
         ),
         batch_size=settings.batch_size,
         bos_id=tokenizer.ids.bos or 0,  # It is there where translations are decoded.

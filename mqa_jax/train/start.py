@@ -66,6 +66,8 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
         with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
             has_weights = checkpoints.latest_step() is not None
         path = workdir if has_weights and load_config(workdir).get("init_from") else path
+    if path.is_file():
+        raise ValueError(f"--config.init_from {text!r} is a file: give the directory that it is in")
     if not (path / CONFIG).is_file():
         raise ValueError(
             f"--config.init_from {text!r} has no {CONFIG}: give a directory of the hub, or the "

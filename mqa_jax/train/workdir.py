@@ -40,7 +40,6 @@ CHECKPOINTS = "checkpoints"
 # but rounding), so a run goes on with others. What the data is, its manifest says.
 FREE = (
     "mesh",
-    "init_from",
     "data.dir",
     "data.path",
     "data.tfds_dir",
@@ -103,7 +102,9 @@ def load_config(workdir: str | Path) -> ConfigDict:
     path = Path(workdir) / CONFIG
     if not path.exists():
         raise ValueError(f"no {path}: {workdir} is not the --workdir of a training run")
-    return ConfigDict(read_json(path))
+    if "model_type" in (config := read_json(path)):
+        raise ValueError(f"{workdir} is no run, but a model of the hub: give it as --model")
+    return ConfigDict(config)
 
 
 def tokenizer_file(directory: Path) -> Path:

@@ -59,11 +59,14 @@ def expected(directory, **options):
 
 def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, tmp_path, capfd):
     lines, errors = decoded(tmp_path, capfd, directory, "--max_new_tokens=5")
-    assert "as the model's directory says: --beam_size=2 --beam_rules=transformers" in errors
+    assert "as transformers has it for this directory: --beam_size=2 --beam_rules=tr" in errors
     assert "--alpha=0.5" in errors
     assert [line.strip() for line in lines] == expected(directory, beam_size=2)
     lines, errors = decoded(tmp_path, capfd, directory, "--max_new_tokens=5", "--beam_size=1")
-    assert "directory says" not in errors
+    assert "directory" not in errors
+    # Other rules of beams have a penalty of their own.
+    _, errors = decoded(tmp_path, capfd, directory, "--beam_size=2", "--beam_rules=paper")
+    assert "directory" not in errors
     assert [line.strip() for line in lines] == expected(directory)
     assert "w7" not in " ".join(lines)
     # Its beams are beams for the flags, too.
@@ -71,11 +74,17 @@ def test_a_directory_says_how_it_is_decoded_and_flags_say_otherwise(directory, t
     assert [line.split(" ||| ")[0] for line in lines][:2] == ["0", "0"]
     _, errors = decoded(tmp_path, capfd, directory, "--n_best=3", status=2)
     assert "--n_best=3 is more than there are with --beam_size=2" in errors
-    generation = dict(max_new_tokens=2, min_length=9, diversity_penalty=0.5)
+    generation = dict(max_new_tokens=2, min_length=9, diversity_penalty=0.5, do_sample=True)
     (directory / "generation_config.json").write_text(json.dumps(generation))
     lines, errors = decoded(tmp_path, capfd, directory)
-    assert "directory says: --max_new_tokens=2" in errors
-    assert "not as the model's directory says: diversity_penalty, min_length (give" in errors
+    assert "for this directory: --max_new_tokens=2\n" in errors
+    assert "not as the model's directory says: diversity_penalty, do_sample (give" in errors
+    assert "(give --sample), min_length (give --min_new_tokens)" in errors
+    _, errors = decoded(tmp_path, capfd, directory, "--sample")
+    assert "--max_new_tokens=2 --top_k=50\n" in errors and "do_sample" not in errors
+    (directory / "generation_config.json").write_text(json.dumps(generation | dict(top_k=0)))
+    _, errors = decoded(tmp_path, capfd, directory, "--sample")
+    assert "--max_new_tokens=2\n" in errors
     assert max(len(line.split()) for line in lines) == 2
     for values, flags, reason in (
         (dict(temperature=0.0), ["--sample"], "gpt2: its temperature is 0, with which nothing"),
@@ -104,12 +113,60 @@ def test_an_id_that_the_tokenizer_has_no_text_for_is_not_decoded(directory, tmp_
     assert all(len(line.split()) for line in lines)
 
 
+def test_an_end_needs_no_text(directory, tmp_path, capfd):
+    """Forced, it comes, though the tokenizer has no token for it; and alone it is no bad word."""
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: id for word, id in words.items() if id < 30}
+    path.write_text(json.dumps(tokenizer))
+    ids = dict(eos_token_id=30, bad_words_ids=[[30]], forced_eos_token_id=30)
+    (directory / "generation_config.json").write_text(json.dumps(ids))
+    lines, errors = decoded(tmp_path, capfd, directory, "--max_new_tokens=3")
+    assert [len(line.split()) for line in lines] == [2, 0, 2, 2] and "at the limit" not in errors
+
+
+def test_scores_are_of_the_end_too(directory, tmp_path, capfd):
+    """Though the tokenizer ends no text."""
+    (tmp_path / "right").write_text("w7 w8\n" * len(LINES))
+    flags = [f"--reference={tmp_path / 'right'}", "--score"]
+    (tmp_path / "lines").write_text("\n".join(line or "w1" for line in LINES) + "\n")
+    lines, errors = decoded(tmp_path, capfd, directory, *flags)
+    model = load(directory).model
+    for line, prompt in zip(lines, ([3, 17, 5], [1], [29, 2], [11]), strict=True):
+        answer = [7, 8, 4]
+        logits = jax.nn.log_softmax(model(jax.numpy.array([prompt + answer])))[0]
+        places = range(len(prompt) - 1, len(prompt) + 2)
+        expected = sum(float(logits[i, id]) for i, id in zip(places, answer, strict=True))
+        assert float(line) == pytest.approx(expected, abs=2e-4)
+    assert "nothing to decode" not in errors
+
+
+def test_a_model_without_a_longest_length_has_the_one_that_is_said(tmp_path, capfd):
+    directory = write_words(write(tmp_path / "t5", "t5"))
+    (tmp_path / "lines").write_text("w3 " * 600 + "\n")
+    _, errors = decoded(tmp_path, capfd, directory, status=2)
+    assert "600 tokens, but there is room for 512" in errors
+    lines, _ = decoded(tmp_path, capfd, directory, "--max_length=640", "--max_new_tokens=3")
+    assert len(lines) == 1
+
+
 def test_a_model_without_a_tokenizer_and_two_models_are_refused(directory, tmp_path, capfd):
     (directory / "tokenizer.json").unlink()
     assert main(["decode", f"--model={directory}", f"--input={tmp_path / 'lines'}"]) == 2
     assert "has no tokenizer that can be read: tokenizer.json" in capfd.readouterr().err
     assert main(["decode", f"--model={directory}", "--workdir=x"]) == 2
+    assert "--workdir, of a run, and --model, of the hub, exclude" in capfd.readouterr().err
+    assert main(["decode", f"--input={tmp_path / 'lines'}"]) == 2
     assert "give --workdir, of a training run, or --model" in capfd.readouterr().err
+    lines = f"--input={tmp_path / 'lines'}"
+    assert main(["decode", f"--workdir={directory}", lines]) == 2
+    assert "is no run, but a model of the hub: give it as --model" in capfd.readouterr().err
+    assert main(["decode", f"--model={directory}/config.json", lines]) == 2
+    assert "config.json is a file: give the directory" in capfd.readouterr().err
+    (directory / "config.json").write_text(json.dumps(dict(task="language_model")))
+    assert main(["decode", f"--model={directory}", lines]) == 2
+    assert "it is of a training run (--workdir)" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from checkpoints import CONFIGS
@@ -121,10 +122,16 @@ def test_version_5_says_the_same(name):
         ("gemma2", dict(attn_logit_softcapping=None), dict(attention_softcap=50.0)),
         ("llama", dict(num_key_value_heads=None), dict(num_kv_heads=6)),
         ("gemma", dict(head_dim=None), dict(head_dim=256)),
-        ("gemma", dict(hidden_activation="gelu"), dict(activation="gelu")),
+        ("gemma", dict(hidden_activation="gelu_pytorch_tanh"), dict(activation="gelu_tanh")),
+        ("gemma", dict(mlp_bias=True, attention_bias=True), dict(bias=("qkv", "out"))),
+        # Of the second the other key says nothing.
+        ("gemma2", dict(hidden_act="relu"), dict(activation="gelu_tanh")),
+        ("gemma2", dict(hidden_activation="gelu"), dict(activation="gelu")),
         ("gemma", dict(hidden_act="silu"), dict(activation="silu")),
         ("mt5", dict(feed_forward_proj=None), dict(gated=True, activation="gelu_tanh")),
         ("mt5", dict(tie_word_embeddings=None), dict(logits_scale=1.0)),
+        ("mt5", dict(tie_word_embeddings=True), dict(logits_scale=1.0)),
+        ("starcoder2", dict(layer_types=["full_attention"] * 2), dict(window=4)),
         ("t5", dict(feed_forward_proj="gated-silu"), dict(gated=True, activation="silu")),
         ("t5", dict(feed_forward_proj="gelu"), dict(gated=False, activation="gelu")),
         ("t5", dict(num_decoder_layers=None), dict(num_layers=3)),
@@ -206,6 +213,9 @@ REFUSED = [
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     ("falcon_7b", dict(alibi=True), "alibi is True"),
     ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+    ("gemma", dict(hidden_activation="gelu"), "hidden_activation is 'gelu', but hidden_act 'gelu_"),
+    ("gemma", dict(hidden_act="relu", hidden_activation="silu"), "hidden_act 'relu': they must"),
+    ("llama", dict(rope_theta=math.nan), "rope_theta must be a finite number"),
     ("gemma2", dict(layer_types=["sliding_attention"]), "layer_types is .* for each of 2"),
     ("gemma2", dict(layer_types=["chunked_attention"] * 2), "layer_types is"),
     ("gemma2", dict(layer_types=[["full_attention"]] * 2), "layer_types is"),

@@ -163,6 +163,80 @@ def test_t5_ends_with_its_id_and_has_sentinels_behind_its_pieces(tmp_path, t5_pi
     assert tokenizer.vocab_size == size and max(tokenizer.encode("<extra_id_0>")) < size
 
 
+def test_tokens_that_are_no_pieces_are_not_taken_to_pieces(tmp_path, llama_pieces):
+    """Those of the model's own, and those that other files add; in text, and back."""
+    put(tmp_path, tokenizer__model=llama_pieces)
+    model = sentencepiece.SentencePieceProcessor(model_proto=llama_pieces)
+    size = model.vocab_size()
+    tokenizer = load_tokenizer(tmp_path, "llama")
+    assert tokenizer.encode("The</s> fox") == [1, *model.encode("The"), 2, *model.encode(" fox")]
+    put(tmp_path, added_tokens__json=json.dumps({"<|end|>": size + 2, "[PAD]": size}))
+    put(tmp_path, special_tokens_map__json=json.dumps(dict(pad_token="[PAD]")))
+    tokenizer = load_tokenizer(tmp_path, "llama")
+    assert tokenizer.vocab_size == size + 3
+    ids = tokenizer.encode("The[PAD]<|end|>fox")
+    assert ids == [1, *model.encode("The"), size, size + 2, *model.encode("fox")]
+    # The space that is put in front of a text is left out in front of all of it alone.
+    assert tokenizer.decode(ids) == "The<|end|> fox"
+    # Where a newer file has them, the older one is not looked at.
+    kinds = {str(size + 5): dict(content="<x>", lstrip=True, rstrip=True, special=False)}
+    put(tmp_path, tokenizer_config__json=json.dumps(dict(added_tokens_decoder=kinds)))
+    tokenizer = load_tokenizer(tmp_path, "llama")
+    assert tokenizer.vocab_size == size + 6
+    found = tokenizer.encode("The <x> fox")
+    assert found == [1, *model.encode("The"), size + 5, *model.encode("fox")]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt"])
+def test_tokens_beside_a_vocabulary_are_tokens(tmp_path, name):
+    own = byte_level()
+    if name == "merges.txt":
+        own.model.save(str(tmp_path))
+    else:
+        put(tmp_path, tokenizer__json=own.to_str())
+    size = load_tokenizer(tmp_path, "gpt2").vocab_size
+    plain = load_tokenizer(tmp_path, "gpt2").encode("The fox")
+    kinds = {str(size): dict(content="<|end|>", special=True), str(size + 1): dict(content="<x>")}
+    options = dict(added_tokens_decoder=kinds, additional_special_tokens=["<y>", "<|end|>"])
+    put(tmp_path, tokenizer_config__json=json.dumps(options))
+    tokenizer = load_tokenizer(tmp_path, "gpt2")
+    assert tokenizer.vocab_size == size + 3
+    assert tokenizer.encode("<y>The fox<x><|end|>") == [size + 2, *plain, size + 1, size]
+    assert tokenizer.decode([*plain, size + 1, size, size + 2]) == "The fox<x>"
+    kinds[str(size + 9)] = kinds.pop(str(size + 1))
+    put(tmp_path, tokenizer_config__json=json.dumps(options))
+    with pytest.raises(ValueError, match=f"'<x>' is said to have the id {size + 9} in another"):
+        load_tokenizer(tmp_path, "gpt2")
+
+
+def test_gpt2_begins_as_its_options_say(tmp_path):
+    own = byte_level()
+    own.model.save(str(tmp_path))
+    options = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=True, add_bos_token=True)
+    put(tmp_path, tokenizer_config__json=json.dumps(options))
+    tokenizer = load_tokenizer(tmp_path, "gpt2")
+    assert tokenizer.begin_ids == (0,)
+    assert tokenizer.encode("The fox") == [0, *own.encode(" The fox").ids]
+    put(tmp_path, tokenizer__json=own.to_str())
+    assert load_tokenizer(tmp_path, "gpt2").encode("The fox") == own.encode(" The fox").ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<x>": "7"}),
+        ("added_tokens.json", {"<x>": -1}),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"7": "<x>"})),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"x": dict(content="<x>")})),
+    ],
+)
+def test_what_is_no_token_is_named(tmp_path, name, content):
+    put(tmp_path, tokenizer__json=byte_level().to_str())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(tmp_path, "gpt2")
+
+
 @pytest.fixture
 def marian(tmp_path, t5_pieces, llama_pieces):
     model = sentencepiece.SentencePieceProcessor(model_proto=t5_pieces)

@@ -11,7 +11,7 @@ from checkpoints import CONFIGS, IDS, TARGETS, golden, tensors, values, write
 from flax import nnx
 
 from mqa_jax import make_mesh
-from mqa_jax.hub import load, read_config
+from mqa_jax.hub import load, read_config, save
 from mqa_jax.hub.load import weights_by_path
 from mqa_jax.model.transformer import EncoderDecoder, build_model
 
@@ -230,7 +230,14 @@ def test_what_nobody_obeys_is_told(tmp_path):
     directory = write(tmp_path, "llama")
     values = dict(typical_p=1.0, begin_suppress_tokens=[], num_beam_groups=2, stop_strings=["x"])
     (directory / "generation_config.json").write_text(json.dumps(values | dict(top_k=50)))
-    assert load(directory).generation.unheeded == ("num_beam_groups", "stop_strings")
+    told = dict(num_beam_groups=2, stop_strings=["x"])
+    assert load(directory).generation.unheeded == told
+    # What nobody here obeys is not lost either.
+    save(tmp_path / "saved", load(directory))
+    assert load(tmp_path / "saved").generation == load(directory).generation
+    values = dict(guidance_scale=0.0, top_h=0.5, num_return_sequences=1, token_healing=False)
+    (directory / "generation_config.json").write_text(json.dumps(values))
+    assert [*load(directory).generation.unheeded] == ["guidance_scale", "top_h"]
 
 
 def test_what_decodes_comes_from_the_directory(tmp_path):
@@ -249,6 +256,31 @@ def test_what_decodes_comes_from_the_directory(tmp_path):
     generation = load(directory).generation
     assert (generation.eos_ids, generation.pad_id, generation.bos_id) == ((), None, None)
     assert generation.forced_eos_id is None
+    # A file that says nothing is one.
+    (directory / "generation_config.json").write_text("{}")
+    assert load(directory).generation.num_beams == 1
+
+
+def test_what_a_target_begins_with_where_nothing_says_so(tmp_path):
+    for name, ids, start in (("bos", dict(bos_token_id=5), 5), ("pad", dict(bos_token_id=-1), 3)):
+        directory = write(tmp_path / name, "t5", decoder_start_token_id=None, pad_token_id=3, **ids)
+        assert load(directory).generation.decoder_start_id == start
+
+
+def test_a_softmax_that_is_promised_must_be_there(tmp_path):
+    for name in ("llama", "gpt2", "marian"):
+        directory = write(tmp_path / name, name, tie_word_embeddings=False)
+        found = {key: x for key, x in tensors(name).items() if key != "lm_head.weight"}
+        replace(directory, found)
+        with pytest.raises(ValueError, match=r"lacks the tensor lm_head\.weight \(tie_word_embedd"):
+            load(directory)
+        with pytest.raises(ValueError, match=r"lacks the tensor lm_head\.weight"):
+            read_config(directory)
+
+
+def test_the_length_beside_a_rope_counts_before_the_one_in_it(tmp_path):
+    directory = write(tmp_path, "llama", original_max_position_embeddings=29)
+    assert load(directory).model.config.rope.original_max_length == 29
 
 
 @pytest.mark.parametrize(

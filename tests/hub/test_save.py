@@ -78,6 +78,8 @@ def test_a_model_alone_is_saved_as_what_is_said(tmp_path):
         save(tmp_path / "saved", pretrained.model)
     save(tmp_path / "saved", pretrained.model, family="qwen2")
     check_logits(tmp_path / "saved", "qwen2")
+    # Where there are no ids, transformers has its own.
+    assert "eos_token_id" not in json.loads((tmp_path / "saved/config.json").read_text())
     with pytest.raises(ValueError, match="'bert' is not a supported model type: gpt2, "):
         save(tmp_path / "other", pretrained.model, family="bert")
     with pytest.raises(ValueError, match="a t5 is a EncoderDecoder, not a DecoderOnly"):
@@ -85,6 +87,31 @@ def test_a_model_alone_is_saved_as_what_is_said(tmp_path):
     with pytest.raises(ValueError, match="llama cannot say bias="):
         save(tmp_path / "other", pretrained.model, family="llama")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_marian_with_a_softmax_of_its_own_shares_the_other_tables(tmp_path):
+    directory = write(tmp_path / "given", "marian")
+    found = safetensors.numpy.load_file(directory / "model.safetensors")
+    table = next(array for name, array in found.items() if name.endswith("shared.weight"))
+    found["lm_head.weight"] = table[::-1].copy()
+    safetensors.numpy.save_file(found, directory / "model.safetensors")
+    save(tmp_path / "saved", load(directory))
+    # False would be about the tables of encoder and decoder as well, which are not written.
+    assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is True
+    check_equal(*(weights(load(path)) for path in (tmp_path / "saved", directory)))
+
+
+def test_a_gemma_2_without_windows_has_a_size_of_them(tmp_path):
+    directory = write(tmp_path / "given", "gemma2", layer_types=["full_attention"] * 2)
+    save(tmp_path / "saved", load(directory))
+    assert json.loads((tmp_path / "saved/config.json").read_text())["sliding_window"] == 4096
+    assert load(tmp_path / "saved").model.config.windows == (None, None)
+
+
+def test_a_gemma_2_has_a_whole_number_for_a_scale(tmp_path):
+    directory = write(tmp_path / "given", "gemma2", query_pre_attn_scalar=25.5)
+    with pytest.raises(ValueError, match="gemma2 cannot say attention_scale="):
+        save(tmp_path / "saved", load(directory))
 
 
 def test_the_papers_model_is_no_familys(tmp_path):
