@@ -265,9 +265,11 @@ class Attention(Projections):
             key_BTKH, value_BTKH, lengths_B
         )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
+        slots = key_BKSH.shape[2]
         # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
-        end_B = jnp.minimum(new_cache.length, key_BKSH.shape[2]) if length == 1 else None
-        shape_BNTS = batch, query_BTNH.shape[2], length, key_BKSH.shape[2]
+        sees_all = length == 1 and self.window in (None, slots)
+        end_B = jnp.minimum(new_cache.length, slots) if sees_all else None
+        shape_BNTS = batch, query_BTNH.shape[2], length, slots
         added = _bias(bias, query_positions_BT, key_positions_BS, shape_BNTS)
         output_BTNH = attend_to_cache(
             query_BTNH, key_BKSH, value_BKSH, mask, end_B, self._logits(added)
@@ -366,6 +368,11 @@ class Attention(Projections):
             raise ValueError(
                 f"a ring cache of {slots} slots holds too little for a module with "
                 f"window={self.window}: make it with init_cache"
+            )
+        if isinstance(cache, BeamCache) and self.window is not None:
+            raise ValueError(
+                f"a BeamCache holds all tokens, and a module with window={self.window} sees the "
+                "last: its beams are rows of the ring that init_cache gives"
             )
         if isinstance(cache, CrossCache) and self.window is not None:
             raise ValueError(

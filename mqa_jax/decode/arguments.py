@@ -6,7 +6,8 @@ it.
 Array letters: B batch   V vocabulary   E ids that end a row
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,3 +152,39 @@ def per_row(
     for number in numbers[abs(numbers) > _LARGEST]:
         raise ValueError(f"{name} must be a number of float32, which {number} is too large for")
     return numbers.reshape(column)
+
+
+def keys_of(search: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a search takes keys, and whether it needs them.
+
+    Raises:
+      ValueError: what is no search, or has an argument bound that it is given here.
+    """
+    if not callable(search):
+        raise ValueError(
+            "search must be a function, such as mqa_jax.greedy, with its options bound by "
+            f"functools.partial, not {search!r}"
+        )
+    bound = getattr(search, "keywords", {})
+    for name in ("max_new_tokens", "key", "prompt", "begun", "steps"):
+        if name in bound:
+            raise ValueError(f"{name} is given to the generator, or by it: do not bind it")
+    for name, value in _numbers(bound):
+        if np.ndim(value):
+            raise ValueError(
+                f"{name} is {value!r}, one a row, but a generator's prompts have no rows of their "
+                "own: give one for all, or use `generate`"
+            )
+    parameters = inspect.signature(search).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    key = parameters.get("key")
+    return takes_any or key is not None, key is not None and key.default is key.empty
+
+
+def _numbers(bound: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The options of a search, and those of its rules, that may be one a row."""
+    for name in ("temperature", "top_p", "min_p"):
+        yield name, bound.get(name)
+    for rule in bound.get("rules") or ():
+        for name in ("penalty", "count", "value", "mass", "share"):
+            yield f"{name} of {type(rule).__name__}", getattr(rule, name, None)

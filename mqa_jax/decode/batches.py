@@ -98,7 +98,9 @@ class Batcher:
         def shape(i: int) -> tuple[int, int, int]:
             width, limit = self._shape(len(prompts[i]))
             longest = 0 if prefixes is None else len(prefixes[i])
-            beside = min(_bucket(longest), self.max_length - 1)
+            beside = _bucket(longest)
+            if beside + limit > self.max_length:
+                beside = longest  # As in `_shape`.
             return width, min(limit, self.max_length - beside), beside
 
         batches = []

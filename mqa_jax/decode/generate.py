@@ -5,7 +5,6 @@ Array letters: B batch   T answer length   L max_new_tokens
 
 import dataclasses
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,11 +17,11 @@ from jax import Array
 
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.devices import loop_options
-from mqa_jax.decode.arguments import check_token
+from mqa_jax.decode.arguments import check_token, keys_of
 from mqa_jax.decode.batches import Batch, Batcher, Prompt
 from mqa_jax.decode.prompts import Search, generate, score
 from mqa_jax.decode.search import Decoded
-from mqa_jax.decode.stream import Parts, Piece, Report, Stop, check_parts, is_in_parts
+from mqa_jax.decode.stream import Parts, Piece, Report, Stop, check_parts, is_in_parts, kinds
 from mqa_jax.model.transformer import EncoderDecoder, Model
 
 # Steps between two looks at the text of answers, for strings that end them.
@@ -69,8 +68,8 @@ class Generator:
 
     Raises:
       ValueError: a number out of range, `bos_id` outside the vocabulary, a language model with no
-        position left for a prompt, a `search` that is none or has `max_new_tokens` bound to it, or
-        what is no `model` or no `stop`.
+        position left for a prompt, a `search` that is none, or has an argument bound to it that the
+        generator gives, or a number for each row; or what is no `model` or no `stop`.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Generator:
             )
         if stop is not None and not isinstance(stop, Stop):
             raise ValueError(f"stop must be Stop(strings, tokenizer.decode), not {stop!r}")
-        self._takes_keys, self._needs_keys = _keys_of(search)
+        self._takes_keys, self._needs_keys = keys_of(search)
         check_token("bos_id", bos_id, model.config.vocab_size)
         self._batcher = Batcher(
             isinstance(model, EncoderDecoder),
@@ -184,8 +183,9 @@ class Generator:
             for row, i in enumerate(batch.indices):
                 # All but the steps, which are one number.
                 own = jax.tree.map(lambda x, row=row: x[row] if np.ndim(x) else x, decoded)
-                # A search of one's own may not know.
-                if own.is_finite is not None and not own.is_finite:
+                # A search of one's own may not know. Of a beam search all hypotheses may have died.
+                is_failed = own.is_finite is not None and not own.is_finite
+                if is_failed or (own.score is not None and np.max(own.score) == -np.inf):
                     raise _no_answer(name(i + 1), own.length.max())
                 self.stats.tokens += int(own.length.reshape(-1)[0])
                 yield i, own
@@ -257,7 +257,8 @@ class Generator:
         length_B: Any = told[-1][1]
 
         def joined(parts: Sequence[Any]) -> Any:
-            return np.concatenate(parts, axis=1)[:, : batch.limit]
+            parts_BL = np.concatenate(parts, axis=1)[:, : batch.limit]
+            return np.pad(parts_BL, ((0, 0), (0, batch.limit - parts_BL.shape[1])))
 
         scores_BL = None
         if last.token_scores is not None:
@@ -302,7 +303,10 @@ class Generator:
                         most_B[row] = length
             is_over_B = (np.minimum(report.length, most_B) < report.steps) | is_last
             # One that is complete with the last token of the part.
-            is_over_B |= (most_B < batch.limit) & (report.length >= most_B)
+            is_stopped_B = (most_B < batch.limit) & (report.length >= most_B)
+            is_over_B |= is_stopped_B
+            # What the model made of its own text behind a string that ends it, nobody sees.
+            report = report._replace(is_finite=report.is_finite | is_stopped_B)
             yield report, np.minimum(report.length, most_B), is_over_B
             if is_over_B.all():
                 return
@@ -365,7 +369,7 @@ class Generator:
     def _call(self, run: Any, params: nnx.State, batch: Batch, **options: Any) -> Any:
         """What a program gives, on the host; compiled apart, so that its time is told apart."""
         self._check_params(params)
-        key = (run, batch.shape)
+        key = (run, batch.shape, kinds(params, batch.keys))
         start = time.perf_counter()
         if key not in self._compiled:
             lowered = run.lower(params, batch.given, **options)
@@ -404,25 +408,6 @@ class Generator:
                     f"params{jax.tree_util.keystr(path)} must be floats {list(own.shape)}, as in "
                     f"the model, not {x.dtype} {list(x.shape)}"
                 )
-
-
-def _keys_of(search: Search) -> tuple[bool, bool]:
-    """Whether a search takes keys, and whether it needs them.
-
-    Raises:
-      ValueError: what is no search, or has an argument bound that it is given here.
-    """
-    if not callable(search):
-        raise ValueError(
-            "search must be a function, such as mqa_jax.greedy, with its options bound by "
-            f"functools.partial, not {search!r}"
-        )
-    if "max_new_tokens" in getattr(search, "keywords", {}):
-        raise ValueError("max_new_tokens is an argument of the generator, not of its search")
-    parameters = inspect.signature(search).parameters
-    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    key = parameters.get("key")
-    return takes_any or key is not None, key is not None and key.default is key.empty
 
 
 def _no_answer(name: str, length: int) -> ValueError:

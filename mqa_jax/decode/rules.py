@@ -338,6 +338,9 @@ def _column(
     value: ArrayLike, logits_RV: Array, above: float = -np.inf, most: float = np.inf
 ) -> Array:
     """As `_rows`, float32; what is out of range, and was traced, is NaN: it ends its row."""
+    if above == 0 and not isinstance(value, jax.Array):
+        # What is above 0 stays so.
+        value = np.where(np.asarray(value) > 0, np.maximum(value, _SMALLEST), value)
     number = _rows(jnp.asarray(value, jnp.float32), logits_RV)
     return jnp.where((number > above) & (number <= most), number, jnp.nan)
 

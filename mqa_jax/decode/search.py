@@ -342,7 +342,7 @@ def _search(
         is_ended_B = (begun.length < begun.steps) | jnp.isin(tokens_B, ends_E)
     stop: int | Array = max_new_tokens
     if steps is not None:
-        stop = jnp.minimum(begun.steps + steps, max_new_tokens)
+        stop = jnp.minimum(begun.steps + min(steps, max_new_tokens), max_new_tokens)
 
     def is_running(state: tuple[Any, ...]) -> Array:
         decoded, _, is_ended_B = state

@@ -21,6 +21,14 @@ from mqa_jax.decode.prompts import Search, Start, begin, step_of, told
 from mqa_jax.decode.search import Decoded
 
 
+def kinds(*arrays: Any) -> Hashable:
+    """What a compiled program hangs on beside the shapes of its arrays: where they are, and of
+    what dtype."""
+    # Where arrays of the host go.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return tuple((x.dtype, getattr(x, "sharding", here)) for x in jax.tree.leaves(arrays))
+
+
 class Piece(NamedTuple):
     """Some tokens of an answer.
 
@@ -185,7 +193,7 @@ class Parts:
 
     def compile(self, params: nnx.State, batch: Batch) -> None:
         """Compiles both programs, unless that has been done for these shapes."""
-        if batch.shape in self._compiled:
+        if (key := (batch.shape, kinds(params, batch.keys))) in self._compiled:
             return
         params = nnx.as_pure(params)
         first = self._first.lower(params, batch.given, batch.keys, limit=batch.limit)
@@ -197,7 +205,7 @@ class Parts:
         )
         most_B = jax.ShapeDtypeStruct(decoded.length.shape, jnp.int32)
         more = self._more.lower(params, start, batch.keys, most_B, decoded)
-        self._compiled[batch.shape] = compiled, more.compile(loop_options())
+        self._compiled[key] = compiled, more.compile(loop_options())
 
     def __call__(
         self, params: nnx.State, batch: Batch, most_B: np.ndarray
@@ -209,7 +217,7 @@ class Parts:
           most_B: `[B]` int32, the greatest length that each row may have; the caller lowers one
             where it knows of an end, and the part behind the next is without that row.
         """
-        first, more = self._compiled[batch.shape]
+        first, more = self._compiled[batch.shape, kinds(params, batch.keys)]
         # Variables are taken apart in Python at every call, which would cost a millisecond.
         params = nnx.as_pure(params)
         start, decoded, report = first(params, batch.given, batch.keys)

@@ -75,6 +75,10 @@ def load(
         one too many; a weight is NaN or infinite. The message names the file, and the key or the
         tensor.
     """
+    if mesh is None and rules is not None:
+        raise ValueError("rules are of no effect without a mesh: give mesh=, or leave them out")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, as make_mesh makes one, not {mesh!r}")
     files = Directory(directory)
     family, config = _options(files, dtype, max_length)
     named = _named(family, files)

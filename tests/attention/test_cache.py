@@ -294,6 +294,10 @@ CROSS = functools.partial(mqa_jax.Attention.init_cross_cache, memory_BSD=np.zero
         (lambda a: a.decode(ONE, module(window=3).init_cache(3, T)), "3 slots .* window=None"),
         (lambda a: module(1, 4).decode(ONE, module(1, 3).init_cache(3, T)), "3 slots .* window=4"),
         (lambda a: CROSS(module(window=3)), "window=3 with a memory"),
+        (
+            lambda a: module(3, 3).decode(ONE, module(3).init_cache(1, T).expand(3)),
+            "BeamCache holds all tokens, and a module with window=3",
+        ),
         (lambda a: module(window=3).decode(ONE[:2], CROSS(a)), "window=3 with a memory"),
     ],
 )

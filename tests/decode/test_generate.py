@@ -25,6 +25,7 @@ from mqa_jax.decode.batches import BUCKET
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.prompts import generate, left_aligned
+from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram
 from mqa_jax.measure.timing import no_compilation
 
 BOS, EOS, END = 1, 2, 11  # EOS ends what is given, END what is decoded: a token that comes by soon.
@@ -169,26 +170,30 @@ def record(log, step_fn, cache, last_B, *, max_new_tokens):
 def test_the_default_limit_does_not_depend_on_the_lines_beside(model_type):
     model, params = make_model(model_type, max_length=90)
     decoder = make_decoder(model, functools.partial(record, []))
-    lines = make_lines(2, 20)
+    lines = make_lines(2, 20, 80)
     together = dict(decoder(params, lines))
-    for i, tokens in enumerate((3, 21)):
+    for i, tokens in enumerate((3, 21, 81)):
         [(_, alone)] = decoder(params, [lines[i]])
         assert together[i].length == alone.length
         # 50 more than the line has, or up to a bucket more, or what there is room for.
-        room = 90 - (model_type is DecoderOnly) * (tokens + BUCKET)
+        room = 90 - (model_type is DecoderOnly) * tokens
         assert min(tokens + 50, room) <= alone.length <= tokens + 50 + BUCKET
 
 
 @both_models
 @pytest.mark.parametrize("max_new_tokens", [None, 4])
 def test_a_corpus_compiles_once_a_bucket(model_type, max_new_tokens):
-    log, (model, params) = [], make_model(model_type)
+    log, max_length = [], MAX_LENGTH
+    if is_open := model_type is DecoderOnly and max_new_tokens is None:
+        max_length = 4 * BUCKET * 2 + 50  # Nearer to the end than this, each length by itself.
+    model, params = make_model(model_type, max_length=max_length)
     decoder = make_decoder(model, functools.partial(record, log), max_new_tokens=max_new_tokens)
     # As long as they may be: 40 tokens with the end of sentence, or less what is to be decoded.
     longest = MAX_LENGTH - 1 - (model_type is DecoderOnly) * ((max_new_tokens or 1) - 1)
+    longest = 4 * BUCKET - 1 if is_open else longest
     lines = make_lines(*range(longest + 1 - (model_type is DecoderOnly)))
     assert len(list(decoder(params, lines))) == len(lines)
-    assert 1 < len(log) <= -(-MAX_LENGTH // BUCKET), log
+    assert 1 < len(log) <= -(-(longest + 1) // BUCKET), log
     traces = len(log)
     list(decoder(jax.tree.map(np.zeros_like, params), lines[::-1]))
     assert len(log) == traces, "other weights are no reason to compile again"
@@ -274,6 +279,29 @@ def test_ids_that_the_model_cannot_know_are_refused(model_type, prompt, message)
     assert len(list(generator(params, [[0, 12], np.array([3], np.uint8)]))) == 2
 
 
+def test_a_beam_search_that_has_nothing_left_says_so():
+    """As greedy decoding does: a token comes once, and then there is none."""
+    model, params = make_model(DecoderOnly)
+    for search in (greedy, functools.partial(beam_search, beam_size=2)):
+        search = functools.partial(search, rules=[NoRepeatNgram(1)])
+        generator = Generator(model, search=search, batch_size=2, bos_id=BOS, max_new_tokens=20)
+        with pytest.raises(ValueError, match="prompt 1: .* no token was left by the rules"):
+            generator.tokens(params, [[0, 7]])
+
+
+def test_weights_of_another_kind_are_another_program():
+    """A dtype, a place: what was compiled for the ones does not take the others."""
+    model, params = make_model(DecoderOnly)
+    generator = Generator(model, search=greedy, batch_size=2, bos_id=BOS, max_new_tokens=3)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    elsewhere = jax.device_put(params, jax.devices()[3])
+    for other in (params, narrow, elsewhere, jax.tree.map(np.asarray, params)):
+        [found] = generator.tokens(other, [[0, 5]])
+        assert [id for piece in generator.stream(other, [[0, 5]]) for id in piece.ids] == found
+        [(_, scores)] = generator.score(other, [[0, 5]], [found])
+        assert len(scores) == 3
+
+
 @both_models
 def test_numbers_of_a_generator(model_type):
     model, params = make_model(model_type)
@@ -287,7 +315,17 @@ def test_numbers_of_a_generator(model_type):
         (dict(max_new_tokens=-1), "max_new_tokens must be at least 1, not -1"),
         (dict(max_new_tokens=True), "max_new_tokens must be an integer, not True"),
         (dict(search="greedy"), "search must be a function, such as mqa_jax.greedy"),
-        (dict(search=functools.partial(greedy, max_new_tokens=2)), "an argument of the generator"),
+        (dict(search=functools.partial(greedy, max_new_tokens=2)), "max_new_tokens is given to"),
+        (dict(search=functools.partial(sample, key=jax.random.key(0))), "key is given to the gen"),
+        (dict(search=functools.partial(greedy, steps=2)), "steps is given to the generator"),
+        (
+            dict(search=functools.partial(sample, temperature=[1, 2])),
+            r"temperature is \[1, 2\], one",
+        ),
+        (
+            dict(search=functools.partial(greedy, rules=[MinNewTokens(np.array([2, 3]), 1)])),
+            "count of MinNewTokens is array.*one a row",
+        ),
         (dict(stop=["x"]), r"stop must be Stop\(strings, tokenizer.decode\), not \['x'\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -148,6 +148,15 @@ def test_a_prefix_up_to_the_last_position():
     assert decoded.tokens[0] == np.argmax(scores)
 
 
+def test_a_prefix_takes_its_own_length_of_the_positions():
+    model, params = make_model(EncoderDecoder)
+    generator = Generator(model, search=greedy, batch_size=2, bos_id=0, max_new_tokens=30)
+    prefixes = [[4] * length for length in (1, 17, 30, 38)]
+    found = dict(generator(params, [[5]] * len(prefixes), prefixes=prefixes))
+    for i, prefix in enumerate(prefixes):
+        assert found[i].length == min(30, MAX_LENGTH - len(prefix))
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_rules_see_the_prompt_of_a_language_model(name):
     """And no one else's: each row may say what the others have in their prompts."""

@@ -377,7 +377,7 @@ def test_a_decode_in_parts_is_the_decode(name):
     for eos_bias in (-9.0, 0.5):
         model = Historian.random(2, length, VOCAB, eos_bias)
         whole = run(model)
-        for steps in (1, 3, 9):
+        for steps in (1, 3, 9, 2**31 - 1):
             decoded = run(model, steps=steps)
             taken = [int(decoded.steps)]
             for _ in range(length):
@@ -462,6 +462,16 @@ def test_parts_that_do_not_fit(name):
     for steps, message in [(0, "steps must be at least 1, not 0"), (1.0, "must be an integer")]:
         with pytest.raises(ValueError, match=message):
             search(model.cache(2), START, max_new_tokens=5, steps=steps)
+
+
+@pytest.mark.parametrize("rule", [MinP, TopP, Temperature, RepetitionPenalty])
+def test_what_is_above_zero_stays_so_in_float32(rule):
+    logits = jnp.array([[0.5, 0.7, -0.2, 0.1]])
+    history = History(jnp.array([[3]]), jnp.array([0]), np.int32(1), np.int32(1), 4)
+    ruled = rule(1e-46)(logits, history)
+    # The token that was there is worth a reward, by a penalty below 1; else the best stays best.
+    best = 3 if rule is RepetitionPenalty else 1
+    assert not jnp.isnan(ruled).any() and ruled[0].argmax() == best
 
 
 def test_rules_without_history_keep_none():

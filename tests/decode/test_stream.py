@@ -9,7 +9,7 @@ from test_generate import BOS, END, MODELS, SEARCHES, make_decoder, make_lines, 
 
 from mqa_jax import DecoderOnly, EncoderDecoder, beam_search, greedy
 from mqa_jax.decode.generate import Generator
-from mqa_jax.decode.rules import RepetitionPenalty
+from mqa_jax.decode.rules import NoRepeatNgram, RepetitionPenalty
 from mqa_jax.decode.stream import Stop
 from mqa_jax.measure.timing import no_compilation
 
@@ -148,6 +148,21 @@ def test_what_is_no_number_is_no_answer_with_stops_either(name):
     with pytest.raises(ValueError, match="prompt 2: .* NaN or infinite behind 0 new tokens"):
         for i, _ in answers:
             assert i == 0
+
+
+def test_what_comes_behind_a_stop_is_nobodys_fault():
+    """In the same part of a decode, when the rules leave no token there."""
+    model, params = make_model(DecoderOnly)
+    search = functools.partial(greedy, rules=[NoRepeatNgram(1)])
+    [free] = make_generator(model, search, max_new_tokens=4).tokens(params, [[BOS, 4]])
+    stop = Stop([letters(free[:2])], letters)
+    generator = make_generator(model, search, max_new_tokens=20, stop=stop)
+    assert generator.tokens(params, [[BOS, 4]]) == [free[:2]]
+    for every in (1, 3, 50):
+        pieces = generator.stream(params, [[BOS, 4]], every=every)
+        assert [id for piece in pieces for id in piece.ids] == free[:2]
+    [(_, decoded)] = generator(params, [[BOS, 4]])
+    assert decoded.tokens.shape == (20,)
 
 
 def test_what_makes_no_sense():

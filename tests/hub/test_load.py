@@ -10,7 +10,7 @@ import safetensors.numpy
 from checkpoints import CONFIGS, IDS, TARGETS, golden, tensors, values, write
 from flax import nnx
 
-from mqa_jax import make_mesh
+from mqa_jax import ShardingRules, make_mesh
 from mqa_jax.hub import load, read_config, save
 from mqa_jax.hub.load import weights_by_path
 from mqa_jax.model.transformer import EncoderDecoder, build_model
@@ -196,6 +196,10 @@ def test_weights_lie_where_the_rules_put_them(tmp_path):
         assert weight[...].sharding.mesh == mesh
     shard = state["decoder.layers.0.attention.query"][...].addressable_shards[0].data
     assert shard.shape == (3, 10, 12)  # of 6 heads, 10, 24
+    with pytest.raises(ValueError, match="rules are of no effect without a mesh"):
+        load(directory, rules=ShardingRules())
+    with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh, .* not 8"):
+        load(directory, mesh=8)
 
 
 def test_a_config_alone_has_the_weights_of_its_checkpoint(tmp_path):
