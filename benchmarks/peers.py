@@ -389,8 +389,10 @@ def write_model(directory: Path) -> None:
         kind = transformers.AutoModelForSeq2SeqLM
     model = kind.from_config(config)
     model.save_pretrained(directory)
-    words = {f"word{i}": i for i in range(config.vocab_size)}
-    words = {"</s>": 0, "<unk>": 1, "<pad>": 2} | {k: v for k, v in words.items() if v > 2}
+    # Marian's is the last one, which CTranslate2 leaves out.
+    pad = fields.get("pad_token_id", 2)
+    words = {f"word{i}": i for i in range(2, config.vocab_size) if i != pad}
+    words |= {"</s>": 0, "<unk>": 1, "<pad>": pad}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     special = dict(eos_token="</s>", unk_token="<unk>", pad_token="<pad>", bos_token="</s>")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
