@@ -8,7 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mqa_jax"
 
 # From the bottom to the top: a folder imports itself and what stands before it.
-ORDER = ("core", "attention", "model", "decode", "data", "hub", "train", "measure", "cli")
+ORDER = (
+    "core",
+    "attention",
+    "model",
+    "decode",
+    "data",
+    "hub",
+    "convert",
+    "train",
+    "measure",
+    "cli",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Where each of these may be imported, and nowhere else.
 KNOWN_IN = {

@@ -139,6 +139,10 @@ def read_generation(files: Directory, vocab_size: int, is_translation: bool) -> 
     keys = Keys(values, where)
     fields: dict[str, Any] = {}
     for field, key in _ONE_ID.items():
+        # A class's own ids, left in the files of a smaller model; nothing is decoded with them.
+        is_idle = field in ("bos_id", "pad_id") and type(keys.get(key)) is int
+        if is_idle and keys.get(key) >= vocab_size:
+            continue
         if keys.get(key) not in _NO_IDS:
             fields[field], *others = _ids(keys, key, keys.get(key), vocab_size)
             if others:

@@ -260,6 +260,11 @@ def test_what_decodes_comes_from_the_directory(tmp_path):
     generation = load(directory).generation
     assert (generation.eos_ids, generation.pad_id, generation.bos_id) == ((), None, None)
     assert generation.forced_eos_id is None
+    # Ids that a smaller model has not, and nothing is decoded with.
+    ids = json.dumps(dict(bos_token_id=50256, pad_token_id=31, eos_token_id=3))
+    (directory / "generation_config.json").write_text(ids)
+    generation = load(directory).generation
+    assert (generation.bos_id, generation.pad_id, generation.eos_ids) == (None, None, (3,))
     # A file that says nothing is one.
     (directory / "generation_config.json").write_text("{}")
     assert load(directory).generation.num_beams == 1

@@ -1,0 +1,242 @@
+"""Fewer key/value heads: the same function where nothing is lost, else what a merge says."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import IDS, TARGETS, write
+from flax import nnx
+
+import mqa_jax
+from mqa_jax.attention.positions import Rope
+from mqa_jax.convert import convert_attention, convert_heads
+from mqa_jax.convert.merges import MERGES, aligned, first, mean, truncated
+from mqa_jax.hub import load
+from mqa_jax.model.transformer import EncoderDecoder
+
+D, N, H, B, T = 11, 8, 6, 2, 7
+OPTIONS = {
+    "plain": {},
+    "rope": dict(rope=Rope(theta=50.0)),
+    "bias": dict(qkv_bias=True, out_bias=True, window=3, softcap=2.0, scale=0.7),
+    "rope_bias": dict(rope=Rope(theta=50.0), qkv_bias=True),
+    "norm": dict(qk_norm=True, rope=Rope(theta=50.0)),
+}
+both = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+every_merge = pytest.mark.parametrize("name", MERGES)
+
+
+def attention(num_kv_heads, seed=0, **options):
+    """With weights everywhere, biases and scales too."""
+    module = mqa_jax.Attention(D, N, num_kv_heads, H, **options, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for variable in jax.tree.leaves(nnx.state(module), is_leaf=lambda x: hasattr(x, "shape")):
+        variable[...] = jnp.asarray(rng.normal(size=variable.shape), jnp.float32)
+    return module
+
+
+def run(module):
+    x = jax.random.normal(jax.random.key(5), (B, T, D))
+    return np.asarray(module(x, is_causal=True))
+
+
+def repeated(narrow, count):
+    """A module with every key/value head `count` times."""
+    wide = nnx.clone(narrow)
+    for name in ("key", "value", "key_bias", "value_bias"):
+        if (weight := getattr(narrow, name)) is not None:
+            setattr(wide, name, weight.replace(jnp.repeat(weight[...], count, axis=0)))
+    return wide
+
+
+def replaced(module, **weights):
+    module = nnx.clone(module)
+    for name, array in weights.items():
+        own = getattr(module, name)
+        setattr(module, name, own.replace(jnp.asarray(array, jnp.float32)))
+    return module
+
+
+def turn(rng, options):
+    """A rotation of `H` dimensions that attention's logits cannot tell, if the queries turn too."""
+    if "rope" not in options:
+        return np.linalg.qr(rng.normal(size=(H, H)))[0]
+    angles = rng.uniform(0, 2 * np.pi, H // 2)
+    cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+    return np.block([[cos, -sin], [sin, cos]])
+
+
+@both
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("name", ["mean", "first", "aligned", "truncated"])
+def test_heads_that_are_alike_become_one_and_nothing_changes(options, kept, name):
+    narrow = attention(kept, **options)
+    wide = repeated(narrow, 4 // kept)
+    merged = convert_attention(wide, kept, merge=MERGES[name]())
+    assert merged.key.shape == narrow.key.shape
+    np.testing.assert_allclose(run(merged), run(wide), rtol=2e-4, atol=2e-5)
+    if name != "truncated":
+        for path, weight in nnx.to_flat_state(nnx.state(merged)):
+            own = dict(nnx.to_flat_state(nnx.state(narrow)))[path]
+            np.testing.assert_allclose(weight[...], own[...], atol=1e-5)
+    # The one that was given is as it was.
+    assert wide.key.shape[0] == 4
+
+
+@both
+@every_merge
+def test_as_many_heads_as_before_are_the_same_weights(options, name):
+    module = attention(4, **options)
+    same = convert_attention(module, 4, merge=MERGES[name]())
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(same), nnx.state(module))
+
+
+@pytest.mark.parametrize("options", [OPTIONS[n] for n in ("plain", "rope", "bias", "rope_bias")])
+@pytest.mark.parametrize("merge", [aligned, truncated])
+def test_heads_that_are_turned_alike_are_found_to_be_alike(options, merge):
+    narrow = attention(1, **options)
+    wide, rng = repeated(narrow, 4), np.random.default_rng(3)
+    names = ["key", "value", "query", "out"]
+    names += ["key_bias", "value_bias", "query_bias"] if options.get("qkv_bias") else []
+    weights = {name: np.array(getattr(wide, name)[...]) for name in names}
+    for k in range(4):
+        key_turn, value_turn = turn(rng, options), turn(rng, {})
+        own = slice(k * N // 4, (k + 1) * N // 4)
+        for name in ("key", "key_bias"):
+            if name in weights:
+                weights[name][k] = key_turn @ weights[name][k]
+        for name in ("value", "value_bias"):
+            if name in weights:
+                weights[name][k] = value_turn @ weights[name][k]
+        for name in ("query", "query_bias"):
+            if name in weights:
+                weights[name][own] = np.einsum("hH,nH...->nh...", key_turn, weights[name][own])
+        weights["out"][:, own] = weights["out"][:, own] @ value_turn.T
+    turned = replaced(wide, **weights)
+    np.testing.assert_allclose(run(turned), run(wide), rtol=2e-4, atol=2e-5)
+    merged = convert_attention(turned, 1, merge=merge)
+    np.testing.assert_allclose(run(merged), run(wide), rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(run(convert_attention(turned, 1)), run(wide), rtol=0.1)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_what_is_computed_is_what_the_merge_says(merge):
+    """Of keys and values: heads `turns[m] @ merged` in place of those that there were."""
+    wide, taken, own = attention(4, **OPTIONS["bias"]), [], MERGES[merge]()
+
+    def recorded(heads, moment):
+        taken.append(own(heads, moment))
+        return taken[-1]
+
+    narrow = convert_attention(wide, 2, merge=recorded)
+    assert len(taken) == 4  # two groups of keys, two of values
+    says = [np.concatenate([turn @ own for turn in turns]) for own, turns in taken]
+    says = [np.stack(np.split(heads, 2)) for heads in says]
+    key, value = np.concatenate(says[:2]), np.concatenate(says[2:])
+    biases = dict(key_bias=key[..., -1], value_bias=value[..., -1])
+    same = replaced(wide, key=key[..., :-1], value=value[..., :-1], **biases)
+    np.testing.assert_allclose(run(narrow), run(same), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_with_rope_is_that_of_the_rotated_keys():
+    wide = attention(4, **OPTIONS["rope_bias"])
+    narrow = convert_attention(wide, 2)
+    x = jax.random.normal(jax.random.key(5), (B, T, D))
+    positions = jnp.tile(jnp.arange(T) + 5, (B, 1))
+    own, _ = narrow.project_key_value(x, positions)
+    theirs, _ = wide.project_key_value(x, positions)
+    expected = theirs.reshape(B, T, 2, 2, H).mean(axis=3)
+    np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("has_moment", [False, True])
+def test_no_merge_loses_less_than_the_truncated(is_complex, has_moment):
+    rng = np.random.default_rng(1)
+    heads = rng.normal(size=(3, 1 if is_complex else 4, D)) + 0.5
+    heads = heads + 1j * rng.normal(size=heads.shape) if is_complex else heads
+    moment = None
+    if has_moment:
+        inputs = rng.normal(size=(50, D)) * np.arange(1, D + 1)
+        moment = inputs.T @ inputs / 50
+
+    def loss(merge):
+        merged, turns = merge(heads, moment)
+        lost = heads - turns @ merged
+        return np.einsum("mbd,de,mbe->", lost, np.eye(D) if moment is None else moment, lost.conj())
+
+    losses = [loss(merge).real for merge in (truncated, aligned, mean, first)]
+    assert losses[0] < losses[1] < losses[2] < losses[3]
+    merged, turns = truncated(heads, moment)
+    if has_moment:
+        assert losses[0] < loss(lambda heads, _: truncated(heads, None)).real
+
+
+def test_a_random_head_is_as_large_as_theirs():
+    module = attention(8)
+    draw = MERGES["random"]()
+    one, other = (convert_attention(module, 1, merge=draw) for _ in range(2))
+    assert float(jnp.std(one.key[...])) == pytest.approx(float(jnp.std(module.key[...])), rel=0.3)
+    assert not np.allclose(one.key[...], other.key[...])
+    np.testing.assert_array_equal(one.query[...], module.query[...])
+
+
+def test_what_cannot_be_is_refused():
+    for heads, message in ((3, "num_kv_heads=3 does not divide the 4"), (8, "num_kv_heads=8")):
+        with pytest.raises(ValueError, match=message):
+            convert_attention(attention(4), heads)
+    with pytest.raises(ValueError, match="num_kv_heads must be at least 1"):
+        convert_attention(attention(4), 0)
+
+
+FAMILIES = ["gpt2", "gpt_bigcode_heads", "llama", "qwen3", "falcon_sequential", "t5", "marian"]
+
+
+def logits(model):
+    source, targets = jnp.array([IDS]), jnp.array([TARGETS])
+    return model(source, targets) if isinstance(model, EncoderDecoder) else model(source)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_every_kind(tmp_path, name):
+    model = load(write(tmp_path, name)).model
+    config, had = model.config, model.config.num_kv_heads
+    expected = logits(model)
+    same = convert_heads(model, had)
+    np.testing.assert_array_equal(logits(same), expected)
+    for merge in (mean, truncated):
+        narrow = convert_heads(model, 1, merge=merge)
+        changed = dict(num_kv_heads=1)
+        if isinstance(model, EncoderDecoder):
+            changed |= dict(encoder_kv_heads=had, cross_kv_heads=1)
+            assert narrow.encoder_layers[0].attention.key.shape[0] == had
+            assert narrow.decoder.layers[0].cross_attention.key.shape[0] == 1
+        assert narrow.config == dataclasses.replace(config, **changed)
+        # As a model of that config would be, in every shape, dtype and axis.
+        build = functools.partial(type(model), narrow.config)
+        like = nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0)))
+        for (path, own), (_, wanted) in zip(
+            *(nnx.to_flat_state(nnx.state(m)) for m in (narrow, like)), strict=True
+        ):
+            assert (own.shape, own.dtype) == (wanted.shape, wanted.dtype), path
+            assert own.get_metadata().get("axes") == wanted.get_metadata().get("axes"), path
+        assert np.isfinite(logits(narrow)).all()
+        assert not np.allclose(logits(narrow), expected, atol=1e-3)
+    assert model.config == config and np.array_equal(logits(model), expected)
+
+
+def test_parts_apart():
+    sizes = dict(vocab_size=7, d_model=D, d_ff=5, num_layers=2, num_heads=N, head_dim=H)
+    config = mqa_jax.TransformerConfig(**sizes, num_kv_heads=8, max_length=9)
+    model = EncoderDecoder(config, rngs=nnx.Rngs(0))
+    narrow = convert_heads(model, 4, encoder_kv_heads=2, cross_kv_heads=1, merge=aligned)
+    heads = [narrow.encoder_layers[1].attention, narrow.decoder.layers[1].attention]
+    heads.append(narrow.decoder.layers[1].cross_attention)
+    assert [module.key.shape[0] for module in heads] == [2, 4, 1]
+    language_model = mqa_jax.DecoderOnly(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="encoder_kv_heads=2, .* a DecoderOnly has neither"):
+        convert_heads(language_model, 1, encoder_kv_heads=2)
