@@ -142,13 +142,13 @@ def _merged(
         if is_turned:
             halves = heads_MHD[:, : head_dim // 2], heads_MHD[:, head_dim // 2 :]
             heads_MhD = halves[0] + 1j * halves[1]
-            pairs = [merge(heads_MhD[:, i : i + 1], None) for i in range(head_dim // 2)]
+            pairs = [merge(heads_MhD[:, i : i + 1]) for i in range(head_dim // 2)]
             own_hD = np.concatenate([own for own, _ in pairs])
             turn_Mh = np.concatenate([turn[:, :, 0] for _, turn in pairs], axis=1)
             merged.append(np.concatenate([own_hD.real, own_hD.imag]))
             turns.append(_as_matrices(turn_Mh))
         else:
-            own_HD, turn_MHH = merge(heads_MHD, None)
+            own_HD, turn_MHH = merge(heads_MHD)
             merged.append(own_HD)
             turns.append(turn_MHH)
     merged_KHD = np.stack(merged)

@@ -37,7 +37,7 @@ _LANGUAGE = re.compile(r">>[^<>\s]+<<")
 
 # An id, None for the next that is free, and how the text is told from what is around it.
 _Added = tuple[int | None, tokenizers.AddedToken]
-_KINDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_KINDS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Tokenizer(abc.ABC):
@@ -184,11 +184,10 @@ class PieceTokenizer(Tokenizer):
         self._shown: dict[int, str] = {}
         around = dict.fromkeys(self._added, ("", ""))
         for text, (number, token) in added.items():
-            id = self._added.get(text, max([size - 1, *self._added.values()]) + 1)
-            self._added[text] = id = id if number is None else number
+            self._added[text] = self._added.get(text, self.vocab_size) if number is None else number
             around[text] = (r"\s*" * token.lstrip, r"\s*" * token.rstrip)
             if not token.special:
-                self._shown[id] = text
+                self._shown[self._added[text]] = text
         longest_first = sorted(self._added, key=len, reverse=True)
         pattern = "|".join(around[t][0] + re.escape(t) + around[t][1] for t in longest_first)
         self._of_added = re.compile(f"({pattern})") if pattern else None
@@ -323,7 +322,7 @@ def _added_tokens(directory: Path, options: Mapping[str, Any]) -> dict[str, _Add
                 raise ValueError(
                     f"{path}: added_tokens_decoder has {fields!r:.60} at {id!r:.20}: it is no token"
                 )
-            kind = {name: fields[name] is True for name in _KINDS[1:] if name in fields}
+            kind = {name: fields[name] is True for name in _KINDS if name in fields}
             found[text] = int(id), tokenizers.AddedToken(text, **kind)
     elif (path := directory / "added_tokens.json").is_file():
         own = directory / "special_tokens_map.json"

@@ -345,9 +345,10 @@ def test_a_damaged_file_is_refused_or_works(tmp_path_factory, llama_pieces, data
 def test_it_is_loaded_with_the_model_and_saved_again(tmp_path):
     directory = write(tmp_path / "given", "llama")
     put(directory, tokenizer__json=byte_level(True).to_str(), tokenizer_config__json="{}")
+    put(directory, chat_template__jinja="{{ messages }}")
     pretrained = load(directory)
     save(tmp_path / "saved", pretrained)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "saved" / name).read_bytes() == (directory / name).read_bytes()
     again = load(tmp_path / "saved").tokenizer
     assert again.encode("The fox") == pretrained.tokenizer.encode("The fox")

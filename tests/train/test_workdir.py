@@ -154,6 +154,12 @@ def test_what_decides_may_not(run, data, field):
         check(run, other)
 
 
+def test_a_run_goes_on_from_what_it_began_from(run, data):
+    claim(run, ConfigDict(SHIPPED | dict(init_from="one")), data)
+    with pytest.raises(ValueError, match="config.init_from: 'one' there, 'other' asked"):
+        check(run, ConfigDict(SHIPPED | dict(init_from="other")))
+
+
 def test_fields_of_another_version_are_compared_with_their_defaults(run, data, monkeypatch):
     newer = make_config()
     newer.train.clip = 0.5
