@@ -211,6 +211,28 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_position(optimizer):
     assert float(metrics["skipped"]) == 0 and np.isfinite(float(metrics["loss"]))
 
 
+def test_a_gradient_alone_that_is_not_finite_is_skipped_too(monkeypatch):
+    """Though the loss is finite: the square root of 0 in a norm, say."""
+
+    def spoiled(*args, **options):
+        own = make_gradients(*args, **options)
+
+        def gradients(params, batch, key):
+            found, sums = own(params, batch, key)
+            leaves, tree = jax.tree.flatten(found)
+            return jax.tree.unflatten(tree, [leaves[0] * jnp.inf, *leaves[1:]]), sums
+
+        return gradients
+
+    model, state = begin("language_model", ADAFACTOR)
+    monkeypatch.setattr("mqa_jax.train.step.make_gradients", spoiled)
+    before = jax.device_get(state)
+    step = make_train_step(model, ADAFACTOR, state, seed=0)
+    state, metrics = step(state, put(random_batch()))
+    assert np.isfinite(float(metrics["loss"])) and float(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+
+
 @pytest.mark.slow
 def test_parts_of_bfloat16_weights_add_up_in_float32():
     """512 parts of one row each: in bfloat16 the sum of the gradients would stop growing."""
