@@ -230,7 +230,10 @@ def _read_falcon(keys: Keys, sizes: Fields) -> Fields:
 
 
 def _write_falcon(config: TransformerConfig) -> Fields:
-    is_old = config.parallel_norms == 1 and config.num_kv_heads in (1, config.num_heads)
+    # The new architecture is always parallel.
+    is_old = config.parallel_norms == 1 and (
+        config.num_kv_heads in (1, config.num_heads) or config.block != "parallel"
+    )
     return rope_keys(config) | dict(
         max_position_embeddings=config.max_length,
         ffn_hidden_size=config.d_ff,

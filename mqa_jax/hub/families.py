@@ -15,6 +15,14 @@ FAMILIES: Mapping[str, Family] = {f.model_type: f for f in (*DECODERS, *TRANSLAT
 # The heads that end in a softmax over the vocabulary; old ones of T5 and Falcon among them.
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
 
+# Our keys for key/value heads that a family has no words for. Where there is none the heads are the
+# family's own, and so are those of each part without one.
+_KV_HEADS = dict(
+    num_kv_heads="num_key_value_heads",
+    encoder_kv_heads="encoder_key_value_heads",
+    cross_kv_heads="cross_key_value_heads",
+)
+
 # What of a model its checkpoint does not say.
 _OWN_FIELDS = [
     "dtype",
@@ -75,7 +83,22 @@ def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]
         for field, key in family.sizes.items()
     }
     is_tied = keys.flag("tie_word_embeddings", family.is_tied)
-    return family, dict(tied_softmax=is_tied, logits_scale=1.0) | sizes | family.read(keys, sizes)
+    fields = dict(tied_softmax=is_tied, logits_scale=1.0) | sizes | family.read(keys, sizes)
+    return family, fields | _kv_heads(family, keys, fields["num_kv_heads"])
+
+
+def _kv_heads(family: Family, keys: Keys, had: int) -> Fields:
+    """What our own keys say; nothing where there are none."""
+    names = _keys_of_heads(family)
+    if not any(key in keys for key in names.values()):
+        return {}
+    return {field: keys.integer(key, had, most=MOST_UNITS) for field, key in names.items()}
+
+
+def _keys_of_heads(family: Family) -> dict[str, str]:
+    """Those of `_KV_HEADS` of parts that the family's models have."""
+    is_translation = family.task == "translation"
+    return {f: key for f, key in _KV_HEADS.items() if is_translation or f == "num_kv_heads"}
 
 
 def write_options(family: Family, config: TransformerConfig) -> Fields:
@@ -94,8 +117,11 @@ def write_options(family: Family, config: TransformerConfig) -> Fields:
     written |= family.write(config)
     wanted = _resolved(family, config)
     try:
-        _, fields = read_options(written, "config.json")
-        read = _resolved(family, TransformerConfig(**fields))
+        read = _read_again(family, written)
+        heads = _keys_of_heads(family).items()
+        if own := {key: wanted[field] for field, key in heads if wanted[field] != read[field]}:
+            written |= own
+            read = _read_again(family, written)
     except ValueError as error:
         raise ValueError(f"this model cannot be a {family.model_type}: {error}") from None
     # What a T5 does not say: it has no longest length; which softmax it has, its tensors tell.
@@ -108,6 +134,11 @@ def write_options(family: Family, config: TransformerConfig) -> Fields:
             f"another of {', '.join(FAMILIES)}, or keep it in a checkpoint of mqa_jax"
         )
     return written
+
+
+def _read_again(family: Family, written: Fields) -> Fields:
+    _, fields = read_options(written, "config.json")
+    return _resolved(family, TransformerConfig(**fields))
 
 
 def _resolved(family: Family, config: TransformerConfig) -> Fields:

@@ -14,7 +14,9 @@ import mqa_jax
 from mqa_jax.attention.positions import Rope
 from mqa_jax.convert import convert_attention, convert_heads
 from mqa_jax.convert.merges import MERGES, aligned, first, mean, truncated
-from mqa_jax.hub import load
+from mqa_jax.decode.generate import Generator
+from mqa_jax.decode.search import greedy
+from mqa_jax.hub import load, save
 from mqa_jax.model.transformer import EncoderDecoder
 
 D, N, H, B, T = 11, 8, 6, 2, 7
@@ -184,7 +186,16 @@ def test_what_cannot_be_is_refused():
         convert_attention(attention(4), 0)
 
 
-FAMILIES = ["gpt2", "gpt_bigcode_heads", "llama", "qwen3", "falcon_sequential", "t5", "marian"]
+# How many heads are kept, and what of the directory is changed for it.
+FAMILIES = {
+    "gpt2": (2, dict(n_head=4)),
+    "gpt_bigcode_heads": (2, dict(n_head=4)),
+    "llama": (1, {}),
+    "qwen3": (1, {}),
+    "falcon_sequential": (2, {}),
+    "t5": (1, {}),
+    "marian": (1, {}),
+}
 
 
 def logits(model):
@@ -194,18 +205,20 @@ def logits(model):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_of_every_kind(tmp_path, name):
-    model = load(write(tmp_path, name)).model
+    kept, changes = FAMILIES[name]
+    pretrained = load(write(tmp_path / "given", name, **changes))
+    model = pretrained.model
     config, had = model.config, model.config.num_kv_heads
     expected = logits(model)
     same = convert_heads(model, had)
     np.testing.assert_array_equal(logits(same), expected)
     for merge in (mean, truncated):
-        narrow = convert_heads(model, 1, merge=merge)
-        changed = dict(num_kv_heads=1)
+        narrow = convert_heads(model, kept, merge=merge)
+        changed = dict(num_kv_heads=kept)
         if isinstance(model, EncoderDecoder):
-            changed |= dict(encoder_kv_heads=had, cross_kv_heads=1)
+            changed |= dict(encoder_kv_heads=had, cross_kv_heads=kept)
             assert narrow.encoder_layers[0].attention.key.shape[0] == had
-            assert narrow.decoder.layers[0].cross_attention.key.shape[0] == 1
+            assert narrow.decoder.layers[0].cross_attention.key.shape[0] == kept
         assert narrow.config == dataclasses.replace(config, **changed)
         # As a model of that config would be, in every shape, dtype and axis.
         build = functools.partial(type(model), narrow.config)
@@ -215,9 +228,36 @@ def test_models_of_every_kind(tmp_path, name):
         ):
             assert (own.shape, own.dtype) == (wanted.shape, wanted.dtype), path
             assert own.get_metadata().get("axes") == wanted.get_metadata().get("axes"), path
-        assert np.isfinite(logits(narrow)).all()
-        assert not np.allclose(logits(narrow), expected, atol=1e-3)
+        found = logits(narrow)
+        assert np.isfinite(found).all()
+        assert not np.allclose(found, expected, atol=1e-3)
+        # Through a directory of the hub nothing is lost.
+        save(tmp_path / merge.__name__, dataclasses.replace(pretrained, model=narrow))
+        again = load(tmp_path / merge.__name__).model
+        assert again.config == narrow.config
+        np.testing.assert_array_equal(logits(again), found)
+        check_decoding(again)
     assert model.config == config and np.array_equal(logits(model), expected)
+
+
+def check_decoding(model):
+    """What is decoded token by token is what the logits of a whole sequence say."""
+    options = dict(search=greedy, batch_size=1, bos_id=0, max_new_tokens=3)
+    (answer,) = Generator(model, **options).tokens(nnx.state(model), [IDS])
+    if isinstance(model, EncoderDecoder):
+        found = model(jnp.array([IDS]), jnp.array([[0, *answer]]))[0, :-1]
+    else:
+        found = model(jnp.array([[*IDS, *answer]]))[0, len(IDS) - 1 : -1]
+    assert np.argmax(found, axis=-1).tolist() == answer
+
+
+def test_a_gpt2_with_one_head_is_a_gpt_bigcode(tmp_path):
+    pretrained = load(write(tmp_path / "given", "gpt2"))
+    narrow = convert_heads(pretrained.model, 1)
+    save(tmp_path / "saved", dataclasses.replace(pretrained, model=narrow), family="gpt_bigcode")
+    again = load(tmp_path / "saved")
+    assert again.family == "gpt_bigcode" and again.model.config == narrow.config
+    np.testing.assert_array_equal(logits(again.model), logits(narrow))
 
 
 def test_parts_apart():

@@ -1,6 +1,7 @@
 """What a config.json asks for, in both generations of it; and what is refused of it."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -226,6 +227,10 @@ REFUSED = [
     ("marian", dict(static_position_embeddings=False), "static_position_embeddings is False"),
     ("marian", dict(encoder_ffn_dim=31), "encoder_ffn_dim is 31.*alike.* 29"),
     ("marian", dict(decoder_vocab_size=37), "decoder_vocab_size is 37"),
+    ("gpt2", dict(num_key_value_heads="1"), "num_key_value_heads must be an integer, not '1'"),
+    ("t5", dict(num_key_value_heads=0), "num_key_value_heads must be from 1"),
+    ("marian", dict(cross_key_value_heads=True), "cross_key_value_heads must be an integer"),
+    ("marian", dict(encoder_key_value_heads=1.0), "encoder_key_value_heads must be an integer"),
 ]
 
 
@@ -235,10 +240,18 @@ def test_what_is_not_supported_is_refused_by_its_key(name, changes, message):
         read(name, **changes)
 
 
-def test_what_no_model_can_be_names_the_file(tmp_path):
-    config = CONFIGS["llama"] | dict(num_key_value_heads=4)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json: num_kv_heads=4 does not divide"):
+@pytest.mark.parametrize(
+    ("name", "key", "field"),
+    [
+        ("llama", "num_key_value_heads", "num_kv_heads"),
+        ("gpt2", "num_key_value_heads", "num_kv_heads"),
+        ("t5", "encoder_key_value_heads", "encoder_kv_heads"),
+        ("marian", "cross_key_value_heads", "cross_kv_heads"),
+    ],
+)
+def test_what_no_model_can_be_names_the_file(tmp_path, name, key, field):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name] | {key: 4}))
+    with pytest.raises(ValueError, match=f"config.json: {field}=4 does not divide"):
         read_config(tmp_path)
 
 
@@ -268,19 +281,53 @@ def test_what_is_written_reads_as_it_was(name):
     assert TransformerConfig(**read_options(written, "config.json")[1]) == config
 
 
+KV_HEADS = {"num_key_value_heads", "encoder_key_value_heads", "cross_key_value_heads"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_key_value_heads_of_each_part_are_written_and_read(name):
+    family, config = FAMILIES[CONFIGS[name]["model_type"]], config_of(name)
+    parts = ["num_kv_heads"]
+    if family.task == "translation":
+        parts += ["encoder_kv_heads", "cross_kv_heads"]
+    own = KV_HEADS & write_options(family, config).keys()
+    divisors = [k for k in range(1, config.num_heads + 1) if config.num_heads % k == 0]
+    for kv_heads in itertools.product(divisors, repeat=len(parts)):
+        heads = dict(zip(parts, kv_heads, strict=True))
+        written = write_options(family, dataclasses.replace(config, **heads))
+        read = TransformerConfig(**read_options(json.loads(json.dumps(written)), "config.json")[1])
+        for part, count in heads.items():
+            found = getattr(read, part)
+            assert (read.num_kv_heads if found is None else found) == count
+        if family.task == "translation":
+            # Keys of ours for what differs from the family's alone.
+            differing = sum(count != config.num_heads for count in kv_heads)
+            assert len(KV_HEADS & written.keys()) == differing
+    # A model that the family can say has no other keys than before.
+    assert own == ({"num_key_value_heads"} if "num_key_value_heads" in CONFIGS[name] else set())
+
+
+def test_what_transformers_can_say_of_heads_is_said_in_its_words():
+    config = config_of("gpt_bigcode_heads", n_head=4)
+    for kv_heads, keys in ((1, set()), (2, {"num_key_value_heads"}), (4, set())):
+        changed = dataclasses.replace(config, num_kv_heads=kv_heads)
+        assert KV_HEADS & write_options(FAMILIES["gpt_bigcode"], changed).keys() == keys
+    # The same function, which transformers knows by that name.
+    config = dataclasses.replace(config_of("gpt2"), num_kv_heads=1)
+    assert not KV_HEADS & write_options(FAMILIES["gpt_bigcode"], config).keys()
+    assert write_options(FAMILIES["gpt2"], config)["num_key_value_heads"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("llama", dict(norm="layer"), "llama cannot say norm='layer' .*'rms'"),
         ("llama", dict(window=3), "llama cannot say window=3"),
         ("mistral", dict(window=(3, None)), "window="),
-        ("gpt2", dict(num_kv_heads=1), "num_kv_heads=1"),
-        ("t5", dict(num_kv_heads=1), "num_kv_heads=1"),
-        ("t5", dict(cross_kv_heads=1), "cross_kv_heads=1"),
         ("t5", dict(attention_scale=None), "attention_scale="),
         ("qwen3", dict(logits_scale=0.5), "logits_scale=0.5"),
         ("marian", dict(embedding_scale=3.0), "embedding_scale=3.0"),
-        ("falcon_sequential", dict(num_kv_heads=2), "block='pre'"),
+        ("falcon_sequential", dict(parallel_norms=2), "block='pre'"),
     ],
 )
 def test_what_a_family_cannot_say_is_not_written(name, changes, message):
