@@ -73,6 +73,8 @@ def truncated(heads_MbD: np.ndarray) -> Merged:
     return kept.conj().T @ stacked, kept.reshape(count, size, size)
 
 
+DEFAULT = "aligned"  # Of the command.
+
 MERGES: dict[str, Callable[[], Merge]] = {
     "mean": lambda: mean,
     "first": lambda: first,

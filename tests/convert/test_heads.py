@@ -271,3 +271,111 @@ def test_parts_apart():
     language_model = mqa_jax.DecoderOnly(config, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="encoder_kv_heads=2, .* a DecoderOnly has neither"):
         convert_heads(language_model, 1, encoder_kv_heads=2)
+
+
+@both
+def test_heads_side_by_side_that_are_not_alike_are_regrouped(options):
+    """A model whose heads stand in another order comes to the same as one whose pairs do not."""
+    narrow, rng = attention(2, **options), np.random.default_rng(7)
+    wide = repeated(narrow, 2)
+    order = np.array([0, 2, 1, 3])
+    weights = {}
+    for name in ("key", "value", "query", "key_bias", "value_bias", "query_bias"):
+        if (weight := getattr(wide, name, None)) is not None:
+            by_head = np.asarray(weight[...]).reshape(4, -1, *weight.shape[1:])
+            weights[name] = by_head[order].reshape(weight.shape)
+    out = np.asarray(wide.out[...]).reshape(D, 4, N // 4, H)
+    weights["out"] = out[:, order].reshape(D, N, H)
+    mixed = replaced(wide, **weights)
+    np.testing.assert_allclose(run(mixed), run(wide), rtol=2e-4, atol=2e-5)
+    moment = np.diag(rng.uniform(0.5, 2, D + bool(options.get("qkv_bias"))))
+    for merge, given in ((mean, None), (aligned, None), (truncated, None), (truncated, moment)):
+        found = convert_attention(mixed, 2, merge=merge, regroup=True, moment=given)
+        np.testing.assert_allclose(run(found), run(wide), rtol=2e-3, atol=2e-4)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(run(convert_attention(mixed, 2)), run(wide), rtol=0.1)
+
+
+def test_three_heads_of_a_group_are_found_as_well():
+    narrow = mqa_jax.Attention(D, 6, 2, H, rngs=nnx.Rngs(0))
+    wide = repeated(narrow, 3)
+    order = [0, 3, 1, 4, 5, 2]
+    weights = {name: getattr(wide, name)[...][jnp.array(order)] for name in ("key", "value")}
+    weights["query"] = wide.query[...][jnp.array(order)]
+    weights["out"] = wide.out[...][:, jnp.array(order)]
+    found = convert_attention(replaced(wide, **weights), 2, regroup=True)
+    np.testing.assert_allclose(run(found), run(wide), rtol=1e-4, atol=1e-5)
+
+
+def test_no_worse_heads_are_regrouped():
+    """Where all are as far from each other, they stay where they are."""
+    module = attention(4)
+    key = np.zeros((4, H, D))
+    for head in range(4):
+        key[head, :, head] = 1.0
+    module = replaced(module, key=key, value=key)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.state(convert_attention(module, 2, regroup=True)),
+        nnx.state(convert_attention(module, 2)),
+    )
+
+
+def test_heads_with_biases_of_their_own_are_not_regrouped(tmp_path):
+    sizes = dict(vocab_size=7, d_model=D, d_ff=5, num_layers=1, num_heads=4, head_dim=H)
+    shared = dict(num_kv_heads=4, max_length=9, positions="relative")
+    model = EncoderDecoder(mqa_jax.TransformerConfig(**sizes, **shared), rngs=nnx.Rngs(0))
+    layer = model.decoder.layers[0]
+    for module in (layer.attention, layer.cross_attention):
+        key = np.array(module.key[...])
+        key[2], key[3] = key[0], key[1]
+        value = np.array(module.value[...])
+        value[2], value[3] = value[0], value[1]
+        module.key[...], module.value[...] = jnp.asarray(key), jnp.asarray(value)
+    found = convert_heads(model, 2, regroup=True).decoder.layers[0]
+    np.testing.assert_array_equal(found.attention.query[...], layer.attention.query[...])
+    # Cross-attention has no such bias.
+    query = layer.cross_attention.query[...]
+    np.testing.assert_allclose(
+        found.cross_attention.query[...], query[jnp.array([0, 2, 1, 3])], atol=1e-6
+    )
+
+
+def moment_of(module, seed=3):
+    """Of inputs that are far from alike in all directions."""
+    inputs = D + (module.key_bias is not None)
+    root = np.random.default_rng(seed).normal(size=(inputs, inputs)) * np.geomspace(1, 50, inputs)
+    return root @ root.T
+
+
+@both
+@pytest.mark.parametrize("merge", [mean, first, aligned, truncated])
+def test_a_moment_of_inputs_that_are_all_alike_changes_nothing(options, merge):
+    module = attention(4, **options)
+    moment = np.eye(D + (module.key_bias is not None)) * 3.0
+    found = run(convert_attention(module, 2, merge=merge, moment=moment))
+    # Vectors may have the other sign.
+    np.testing.assert_allclose(
+        found, run(convert_attention(module, 2, merge=merge)), rtol=2e-3, atol=2e-4
+    )
+
+
+@both
+@pytest.mark.parametrize("merge", [mean, aligned, truncated])
+def test_heads_that_are_alike_become_one_with_any_moment(options, merge):
+    wide = repeated(attention(1, **options), 4)
+    merged = convert_attention(wide, 1, merge=merge, moment=moment_of(wide))
+    np.testing.assert_allclose(run(merged), run(wide), rtol=1e-3, atol=1e-4)
+    same = convert_attention(wide, 4, merge=merge, moment=moment_of(wide))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(same), nnx.state(wide))
+
+
+def test_moments_that_cannot_be_are_refused():
+    module = attention(4, qkv_bias=True)
+    for moment, message in (
+        (np.eye(D), rf"with biases \[D \+ 1, D \+ 1\], so \[{D + 1}, {D + 1}\], and is \[{D}"),
+        (np.zeros((D + 1, D + 1)), "of no inputs"),
+        (np.full((D + 1, D + 1), np.nan), "no numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"moment .*{message}"):
+            convert_attention(module, 1, moment=moment)
