@@ -1,8 +1,12 @@
 """Paths that users give, and JSON that is read back from a disk: what is wrong names the file."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,43 @@ def local_path(name: str, value: str | os.PathLike[str]) -> Path:
             "files here, and give the path"
         )
     return Path(os.path.expanduser(text))  # `Path` would take ./~ for ~ too.
+
+
+def new_directory(name: str, value: str | os.PathLike[str]) -> Path:
+    """`value` as the path of a directory to be made, or of an empty one; nothing is made yet.
+
+    Args:
+      name: as for `local_path`.
+
+    Raises:
+      ValueError: there is something already, or it is the working directory; as `local_path`.
+    """
+    # What a link leads to is replaced, not the link.
+    path = local_path(name, value).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{name} {path} is there already: give a new directory, or remove it")
+    if path.exists() and path.samefile(os.curdir):
+        raise ValueError(
+            f"{name} {path} is the working directory, which cannot be replaced: give another"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A directory beside `path`, of `new_directory`, which takes its place when all is written in
+    it; after an error nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

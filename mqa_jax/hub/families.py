@@ -83,7 +83,8 @@ def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]
         for field, key in family.sizes.items()
     }
     is_tied = keys.flag("tie_word_embeddings", family.is_tied)
-    fields = dict(tied_softmax=is_tied, logits_scale=1.0) | sizes | family.read(keys, sizes)
+    fields: Fields = dict(tied_softmax=is_tied, logits_scale=1.0)
+    fields |= sizes | family.read(keys, sizes)
     return family, fields | _kv_heads(family, keys, fields["num_kv_heads"])
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 from mqa_jax.core.checks import check_integer
-from mqa_jax.core.paths import local_path
+from mqa_jax.core.paths import new_directory, written_whole
 from mqa_jax.hub.families import family_named, write_options
 from mqa_jax.hub.files import CONFIG, GENERATION, INDEX, WEIGHTS, is_finite
 from mqa_jax.hub.generation import Generation, write_generation
@@ -48,13 +46,8 @@ def save(
       ValueError: there is something in the directory; the family is not known, or does not have
         what this model does: another kind of norm, say; a weight is NaN or infinite.
     """
-    # What a link leads to is replaced, not the link.
-    path = local_path("the directory", directory).resolve()
+    path = new_directory("the directory", directory)
     check_integer("shard_bytes", shard_bytes)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: give a new directory, or remove it")
-    if path.exists() and path.samefile(os.curdir):
-        raise ValueError(f"{path} is the working directory, which cannot be replaced: give another")
     if not isinstance(pretrained, Pretrained):
         if family is None:
             raise ValueError("a model alone does not say what to save it as: give family=")
@@ -74,22 +67,13 @@ def save(
         # A T5 without the factor of tied weights: of version 4 it has a copy of its own.
         table = next(tensor for tensor in stored.values() if "embedding.table" in tensor.weights)
         stored[SOFTMAX] = table
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with written_whole(path) as temporary:
         _write_json(temporary / CONFIG, config)
         _write_json(temporary / GENERATION, generation)
         if pretrained.tokenizer is not None:
             for name, content in pretrained.tokenizer.files.items():
                 (temporary / name).write_bytes(content)
         _write_weights(temporary, stored, weights, shard_bytes)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -52,7 +52,8 @@ class SaveError(RuntimeError):
 class Checkpoints:
     """The checkpoints of a working directory, written in the background, each whole or not at all.
 
-    A checkpoint holds the weights and the optimizer's state; the position in the data is its step.
+    A checkpoint holds the weights and, where there is one, the optimizer's state; the position in
+    the data is its step.
     Arrays are stored under their path in the tree (`decoder/layers/0/attention/query`), so that
     what reads them need not know how the trees were nested.
 
@@ -124,7 +125,9 @@ class Checkpoints:
         step = int(state.step)
         if step == self._here:
             return
-        items = {"params": _by_path(state.params), "optimizer": _by_path(state.opt_state)}
+        items = {"params": _by_path(state.params)}
+        if optimizer := _by_path(state.opt_state):
+            items["optimizer"] = optimizer
         # On their way before the arrays are, which the next step may overwrite.
         sums = jax.tree.map(_sum_of_bits, items)
         try:
@@ -192,6 +195,17 @@ class Checkpoints:
         """The newest checkpoint's; whether it is still whole, only reading it tells."""
         return max(self._steps(), default=None)
 
+    def whole_step(self) -> int:
+        """The newest whole checkpoint's, all of whose files are read for it.
+
+        A `run`, `restore` or `restore_params` behind it is of the same one, and does not check it
+        again.
+
+        Raises:
+          ValueError: there is no checkpoint, or none that is whole.
+        """
+        return self._read_newest() if self._read is None else self._read
+
     def restore(self, state: TrainState) -> TrainState:
         """The newest whole checkpoint, with the shapes, dtypes and shardings of `state`.
 
@@ -200,7 +214,7 @@ class Checkpoints:
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        step = self._here = self._read_newest() if self._read is None else self._read
+        step = self._here = self.whole_step()
         for damaged in self._damaged:
             aside = self._directory / f"{damaged}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
@@ -228,7 +242,7 @@ class Checkpoints:
         Raises:
           ValueError: there is no checkpoint, or none that is whole.
         """
-        step = self._read_newest() if self._read is None else self._read
+        step = self.whole_step()
         self._read = None
         args = ocp.args.StandardRestore(_by_path(_abstract(params)))
         restored = self._checkpointer.restore(
@@ -239,12 +253,10 @@ class Checkpoints:
     def run(self) -> dict[str, Any]:
         """What the run said of itself in the newest whole checkpoint; nothing before version 0.2.
 
-        A `restore` or `restore_params` behind it is of the same one, and does not check it again.
-
         Raises:
-          ValueError: there is no checkpoint, or none that is whole.
+          ValueError: as `whole_step`.
         """
-        path = self._directory / str(self._read_newest()) / RUN
+        path = self._directory / str(self.whole_step()) / RUN
         return read_json(path) if path.exists() else {}
 
     def close(self) -> None:

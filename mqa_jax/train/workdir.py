@@ -8,7 +8,8 @@ checkpoints/         `mqa_jax.train.checkpoint`; each has a signed copy of both 
 metrics.jsonl        `mqa_jax.train.metrics`, and TensorBoard's event files
 
 A directory with a config.json is a run's. It becomes one behind the first step, so that a start
-that fails may be tried again in another way.
+that fails may be tried again in another way. A converted run (`mqa_jax.train.converted`) has the
+same files, but for the logs, and says in its config what it was made of: it is not gone on with.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from mqa_jax.train.checkpoint import RUN, Checkpoints
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
+CONVERTED = "converted"  # In the config of a converted run: how it was made.
 
 # These fields of a config, and all below them, decide nothing about the weights (the mesh: nothing
 # but rounding), so a run goes on with others. What the data is, its manifest says.
@@ -63,12 +65,16 @@ class Run(NamedTuple):
       tokenizer: of its data.
       model: its structure, with shapes in place of weights.
       params: the weights of the newest whole checkpoint, on the first device.
+      step: that checkpoint's.
+      data: what it says of its data, as `describe` has it; version 0.1 has only the tokenizer.
     """
 
     config: ConfigDict
     tokenizer: RowTokenizer
     model: Model
     params: nnx.State
+    step: int
+    data: Mapping[str, Any]
 
 
 def load_run(workdir: str | Path) -> Run:
@@ -81,16 +87,20 @@ def load_run(workdir: str | Path) -> Run:
     path = local_path("--workdir", workdir)
     config, file = load_config(path), tokenizer_file(path)
     with Checkpoints(path / CHECKPOINTS) as checkpoints:
+        data = _data_of(file)
         # Nothing before version 0.2.
         if signed := checkpoints.run():
-            found = {"config": json.loads(config.to_json()), "data": _data_of(file)}
-            signed["data"] = {"tokenizer_sha256": signed["data"]["tokenizer_sha256"]}
+            found = {"config": json.loads(config.to_json()), "data": data}
+            data = signed["data"]
+            signed["data"] = {"tokenizer_sha256": data["tokenizer_sha256"]}
             check_signed(path, signed, found)
         tokenizer = load_row_tokenizer(path)
         model = nnx.eval_shape(
             lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
         )
-        return Run(config, tokenizer, model, checkpoints.restore_params(nnx.state(model)))
+        step = checkpoints.whole_step()
+        params = checkpoints.restore_params(nnx.state(model))
+        return Run(config, tokenizer, model, params, step, data)
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -154,6 +164,11 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
         raise ValueError(f"{checkpoints} is a file: move it away, or name another --workdir")
     if not (workdir / CONFIG).exists():
         return
+    if CONVERTED in read_json(workdir / CONFIG):
+        raise ValueError(
+            f"--workdir {workdir} is a converted model, no run to go on with: give it as "
+            f"--config.init_from={workdir}, and another --workdir"
+        )
     config = list(_changes(workdir, about))
     if lines := [line for field, line in config if not _is_free(field)]:
         raise ValueError(
@@ -193,8 +208,8 @@ def claim(workdir: Path, about: Mapping[str, Any], data: Path) -> list[str]:
     partial = workdir / f"{tokenizer.name}.partial"
     shutil.copyfile(tokenizer, partial)
     os.replace(partial, workdir / tokenizer.name)
-    _write(workdir / DATA, about["data"])
-    _write(workdir / CONFIG, about["config"])  # The last: it makes the directory a run's.
+    write_json(workdir / DATA, about["data"])
+    write_json(workdir / CONFIG, about["config"])  # The last: it makes the directory a run's.
     return changes
 
 
@@ -244,7 +259,7 @@ def _is_free(field: str) -> bool:
     return any(f"{field}.".startswith(f"config.{free}.") for free in FREE)
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """The file appears with all of its text, or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     try:
