@@ -22,6 +22,11 @@ VARIANTS = {
     "multi_head_local": dict(num_heads=4, num_kv_heads=4, head_dim=64, d_ff=1024, window=8),
     "multi_query_local": dict(num_heads=4, num_kv_heads=1, head_dim=64, d_ff=1312, window=8),
     "grouped_query_2": dict(num_heads=4, num_kv_heads=2, head_dim=64, d_ff=1216),
+    # The paper's narrow baselines: multi-head with the caches of multi_query.
+    "multi_head_h1": dict(num_heads=1, num_kv_heads=1, head_dim=64, d_ff=1600),
+    "multi_head_h2": dict(num_heads=2, num_kv_heads=2, head_dim=32, d_ff=1600),
+    "multi_head_h4": dict(num_heads=4, num_kv_heads=4, head_dim=16, d_ff=1600),
+    "multi_head_h8_k8": dict(num_heads=8, num_kv_heads=8, head_dim=8, d_ff=1600),
 }
 
 

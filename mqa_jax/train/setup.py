@@ -36,34 +36,41 @@ def set_up(
     Returns:
       the model's structure, the state, the train step, and the learning rate by step.
     """
-    settings = config.train
-    schedule = rsqrt_schedule(
-        settings.learning_rate,
-        settings.steps,
-        hold_steps=settings.hold_steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-    )
+    settings, schedule = config.train, schedule_of(config)
     optimizer = build_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
     build = functools.partial(build_model, config.task, config.model.to_dict())
     if is_abstract:
         model, state = abstract_state(build, optimizer, mesh)
     else:
         model, state = init_state(build, optimizer, mesh, settings.seed, params=params)
-    train_step = make_train_step(model, optimizer, state, ids=ids, **_step_options(config))
+    options = step_options(config)
+    train_step = make_train_step(model, optimizer, state, seed=settings.seed, ids=ids, **options)
     return model, state, train_step, schedule
+
+
+def schedule_of(config: Any) -> optax.Schedule:
+    """The learning rate by step."""
+    settings = config.train
+    return rsqrt_schedule(
+        settings.learning_rate,
+        settings.steps,
+        hold_steps=settings.hold_steps,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+    )
 
 
 def diagnosis(
     config: Any, model: Model, mesh: Mesh, ids: SpecialIds
 ) -> Callable[[nnx.State, Batch, int], str]:
     """What says why a step of `set_up` was skipped; see `make_diagnosis`."""
-    return make_diagnosis(model, mesh, ids=ids, **_step_options(config))
+    options = step_options(config)
+    return make_diagnosis(model, mesh, ids=ids, seed=config.train.seed, **options)
 
 
-def _step_options(config: Any) -> dict[str, Any]:
-    names = ("seed", "label_smoothing", "z_loss", "accumulate")
-    return {name: config.train[name] for name in names}
+def step_options(config: Any) -> dict[str, Any]:
+    """The arguments of `make_update` that a config has."""
+    return {name: config.train[name] for name in ("label_smoothing", "z_loss", "accumulate")}
 
 
 def train_flops(model: Model, rows: int, source_length: int, target_length: int) -> int:

@@ -113,7 +113,7 @@ def apply(model: Model, batch: Batch, rngs: nnx.Rngs | None, ids: SpecialIds = O
     )
 
 
-def dropout_key(seed: int, step: ArrayLike) -> Array:
+def dropout_key(seed: ArrayLike, step: ArrayLike) -> Array:
     """From which the dropout masks of a step are drawn."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
@@ -184,6 +184,64 @@ def make_gradients(
     return gradients_and_sums
 
 
+def make_update(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    accumulate: int = 1,
+    rules: ShardingRules | None = None,
+    ids: SpecialIds = OWN_IDS,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+    """The update of `make_train_step` as a function of state, batch and key of dropout, not jitted.
+
+    Arguments and errors as there; `mesh` is where the state lies.
+    """
+    check_integer("accumulate", accumulate)
+    check_number("label_smoothing", label_smoothing, least=0, below=1)
+    check_number("z_loss", z_loss, least=0)
+    gradients_and_sums = make_gradients(
+        model,
+        mesh,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        accumulate=accumulate,
+        rules=rules,
+        ids=ids,
+    )
+
+    def update(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        gradients, sums = gradients_and_sums(state.params, batch, key)
+        tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
+        # In the dtype of the weights, as any optimizer expects them.
+        gradients = jax.tree.map(
+            lambda x, weight: (x.astype(wide(x)) / tokens).astype(weight.dtype),
+            gradients,
+            state.params,
+        )
+        gradient_norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x)), gradients))
+        is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
+        opt_state = at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(gradients, opt_state, state.params)
+        params = jax.tree.map(
+            lambda x, change: (x.astype(wide(x)) + change.astype(wide(x))).astype(x.dtype),
+            state.params,
+            updates,
+        )
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = (~is_finite).astype(jnp.float32)
+        metrics = mean_metrics(sums) | {"gradient_norm": gradient_norm, "skipped": skipped}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return update
+
+
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
@@ -224,17 +282,15 @@ def make_train_step(
         returned) a batch that `accumulate` does not divide.
     """
     check_integer("seed", seed, least=0, most=MAX_SEED)
-    check_integer("accumulate", accumulate)
-    check_number("label_smoothing", label_smoothing, least=0, below=1)
-    check_number("z_loss", z_loss, least=0)
     mesh = getattr(state.step.sharding, "mesh", None)
     if not isinstance(mesh, Mesh):
         raise ValueError(
             "the state must lie on a mesh, as init_state makes it; its step lies on "
             f"{state.step.sharding}"
         )
-    gradients_and_sums = make_gradients(
+    update = make_update(
         model,
+        optimizer,
         mesh,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -244,32 +300,7 @@ def make_train_step(
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = dropout_key(seed, state.step)
-        gradients, sums = gradients_and_sums(state.params, batch, key)
-        tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
-        # In the dtype of the weights, as any optimizer expects them.
-        gradients = jax.tree.map(
-            lambda x, weight: (x.astype(wide(x)) / tokens).astype(weight.dtype),
-            gradients,
-            state.params,
-        )
-        gradient_norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x)), gradients))
-        is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss"])
-        opt_state = at_step(state.opt_state, state.step)
-        updates, opt_state = optimizer.update(gradients, opt_state, state.params)
-        params = jax.tree.map(
-            lambda x, change: (x.astype(wide(x)) + change.astype(wide(x))).astype(x.dtype),
-            state.params,
-            updates,
-        )
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
-        skipped = (~is_finite).astype(jnp.float32)
-        metrics = mean_metrics(sums) | {"gradient_norm": gradient_norm, "skipped": skipped}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return update(state, batch, dropout_key(seed, state.step))
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
