@@ -15,20 +15,23 @@ bootstrap by sacrebleu, over the outputs of all seeds, one behind the other.
 """
 
 import functools
+import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import sacrebleu
 from absl import app, flags, logging
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from sacrebleu.significance import PairedTest
 from scipy import stats
@@ -58,125 +61,199 @@ BEAMS = flags.DEFINE_integer("beam_size", 4, "Beside greedy.", lower_bound=2)
 SPLITS = flags.DEFINE_list("splits", ["validation", "test"], "To evaluate.")
 TRANSLATED = flags.DEFINE_list("translated", ["test"], "Those of which BLEU is told, too.")
 
-CHUNK = 50  # Steps of one call.
+CHUNK = 20  # Steps of one call.
 
 
 def train(
     config: ConfigDict,
     data: Path,
     seeds: Sequence[int],
-    params: Any = None,
+    *,
     average: int = 1,
 ) -> tuple[Model, Any]:
     """The model's structure, and the weights of a run for each seed, stacked.
 
     Args:
-      params: stacked weights to begin with; drawn by the seeds when None.
       average: of how many checkpoints, the last ones, the weights are the mean.
     """
     mesh = make_mesh(devices=jax.devices()[:1])
-    settings = config.train
     build = functools.partial(build_model, config.task, config.model.to_dict())
-    optimizer = build_optimizer(
-        settings.optimizer, schedule_of(config), weight_decay=settings.weight_decay
-    )
-    ids = Manifest.read(data).ids
-    states = [init_state(build, optimizer, mesh, seed) for seed in seeds]
-    model = states[0][0]
-    state = jax.tree.map(lambda *x: jnp.stack(x), *(state for _, state in states))
-    if params is not None:
-        state = TrainState(state.step, params, jax.vmap(optimizer.init)(params))
-    update = make_update(model, optimizer, mesh, ids=ids, **step_options(config))
+    drawn = [init_state(build, optimizer_of(config), mesh, seed) for seed in seeds]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *(state.params for _, state in drawn))
+    model = drawn[0][0]
+    return model, Training(config, data, model)(params, seeds, average=average)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        def one(state: TrainState, batch: Any, seed: Any) -> tuple[TrainState, Any]:
-            state, metrics = update(state, batch, dropout_key(seed, state.step))
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """That of a config, with a learning rate of 1."""
+    return build_optimizer(config.train.optimizer, 1.0, weight_decay=config.train.weight_decay)
+
+
+class Training:
+    """Trains several runs of a config at once.
+
+    Args:
+      model: its structure.
+    """
+
+    def __init__(self, config: ConfigDict, data: Path, model: Model):
+        self._data, self._optimizer = data, optimizer_of(config)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        ids = Manifest.read(data).ids
+        update = make_update(model, self._optimizer, mesh, ids=ids, **step_options(config))
+
+        def one(state: TrainState, batch: Any, seed: Any, rate: Any) -> tuple[TrainState, Any]:
+            new, metrics = update(state, batch, dropout_key(seed, state.step))
+            # All that an optimizer does is in proportion to its learning rate, so that the rate
+            # need not be a part of the program, of which there would be one for every schedule.
+            params = jax.tree.map(lambda x, y: x + rate * (y - x), state.params, new.params)
+            state = TrainState(new.step, params, new.opt_state)
             return state, (metrics["loss"], metrics["skipped"])
 
-        return jax.vmap(one)(state, batch, jnp.asarray(seeds, jnp.uint32))
+        def run(state: TrainState, batches: Any, seeds: Any, rates: Any) -> tuple[TrainState, Any]:
+            def step(state: TrainState, batch_and_rates: Any) -> tuple[TrainState, Any]:
+                batch, rates = batch_and_rates
+                return jax.vmap(one)(state, batch, seeds, rates)
 
-    run = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
-    batches = [
-        loader.train_batches(data, batch_size=settings.batch_size, seed=seed) for seed in seeds
-    ]
-    saved = {settings.steps - i * settings.checkpoint_every for i in range(average)}
-    total: Any = None
-    done, began = 0, time.perf_counter()
-    while done < settings.steps:
-        size = min([CHUNK, settings.steps - done, *(s - done for s in saved if s > done)])
-        chunk = [[next(stream) for stream in batches] for _ in range(size)]
-        stacked = {
-            name: np.stack([[batch[name] for batch in row] for row in chunk])
-            for name in chunk[0][0]
+            return jax.lax.scan(step, state, (batches, rates))
+
+        # Said, as else it would be compiled anew for a state that it has given.
+        self._place = NamedSharding(mesh, PartitionSpec())
+        self._run = jax.jit(run, donate_argnums=0, out_shardings=self._place)
+        self._config = config
+
+    def __call__(
+        self,
+        params: Any,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        schedule: optax.Schedule | None = None,
+        factors: Sequence[float] | None = None,
+        average: int = 1,
+    ) -> Any:
+        """The weights that runs end with, stacked.
+
+        Args:
+          params: those that they begin with, stacked; they are not used up.
+          seeds: of each.
+          steps: the config's when None.
+          schedule: likewise.
+          factors: of each one's learning rate.
+          average: as for `train`.
+        """
+        settings, runs = self._config.train, len(seeds)
+        steps = steps or settings.steps
+        schedule = schedule or schedule_of(self._config)
+        scale = np.ones(runs) if factors is None else np.asarray(factors)
+        begin = TrainState(
+            jnp.zeros(runs, jnp.int32),
+            jax.tree.map(jnp.copy, params),
+            jax.vmap(self._optimizer.init)(params),
+        )
+        state = jax.device_put(begin, self._place)
+        streams = {
+            seed: loader.train_batches(self._data, batch_size=settings.batch_size, seed=seed)
+            for seed in sorted(set(seeds))
         }
-        state, (losses, skipped) = run(state, stacked)
-        done += size
-        if np.any(skipped):
-            raise ValueError(f"a step up to {done} was skipped: lower the learning rate")
-        if done in saved:
-            total = (
-                jax.tree.map(jnp.copy, state.params)
-                if total is None
-                else jax.tree.map(jnp.add, total, state.params)
-            )
-        if done % 500 < size or done == settings.steps:
-            loss = np.asarray(losses[-1])
-            print(f"step {done} {time.perf_counter() - began:.0f} s, losses {loss}", flush=True)
-    return model, jax.tree.map(lambda x: x / len(saved), total)
+        order = [list(streams).index(seed) for seed in seeds]
+        saved = {steps - i * settings.checkpoint_every for i in range(average)}
+        ends = sorted({*range(CHUNK, steps, CHUNK), *saved})
+
+        def chunk(done: int, end: int) -> tuple[Any, Any]:
+            rows = [[next(stream) for stream in streams.values()] for _ in range(done, end)]
+            batches = {
+                name: np.stack([[batch[name] for batch in row] for row in rows])[:, order]
+                for name in rows[0][0]
+            }
+            rates = np.asarray(schedule(np.arange(done, end)))[:, None] * scale
+            return batches, rates.astype(np.float32)
+
+        total: Any = None
+        began = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:  # Reads while the device computes.
+            spans = [*zip([0, *ends[:-1]], ends, strict=True), None]
+            waiting = pool.submit(chunk, *spans[0])
+            for span, following in itertools.pairwise(spans):
+                given = waiting.result()
+                if following is not None:
+                    waiting = pool.submit(chunk, *following)
+                state, (losses, skipped) = self._run(
+                    state, given[0], np.asarray(seeds, np.uint32), given[1]
+                )
+                done, end = span
+                if end in saved:
+                    now = jax.tree.map(jnp.copy, state.params)
+                    total = now if total is None else jax.tree.map(jnp.add, total, now)
+                if end // 500 > done // 500 or end == steps:
+                    if np.any(skipped):
+                        raise ValueError(f"a step up to {end} was skipped: lower the learning rate")
+                    seconds, loss = time.perf_counter() - began, np.mean(losses[-1])
+                    print(f"step {end}, {seconds:.0f} s, loss {loss:.3f}", flush=True)
+        return jax.tree.map(lambda x: x / len(saved), total)
 
 
-def evaluate(
-    config: ConfigDict, data: Path, model: Model, params: Sequence[Any], splits: Sequence[str]
-) -> list[dict[str, Any]]:
-    """For each of `params` and splits the figures, with the texts behind them."""
-    mesh = make_mesh(devices=jax.devices()[:1])
-    tokenizer = load_row_tokenizer(data)
-    eval_step = make_eval_step(model, mesh, ids=tokenizer.ids)
-    searches: dict[str, Any] = {}
-    if config.task == "translation":
-        searches = {"greedy": greedy}
-        searches["beam"] = functools.partial(beam_search, beam_size=BEAMS.value)
-    vocab_size = model.config.vocab_size
-    rules = only_text(tokenizer.vocab_size, vocab_size, (tokenizer.ids.eos,))
-    found = []
-    for split in splits:
-        target = read_lines(data / f"{split}.{config.data.target}.txt")
-        batches = list(loader.eval_batches(data, split, batch_size=config.evaluate.batch_size))
-        decoders = {
-            name: LineDecoder(
-                model,
-                tokenizer,
-                search=functools.partial(search, eos_id=tokenizer.ids.eos, rules=rules),
-                batch_size=len(target),
-                bos_id=tokenizer.ids.bos or 0,
-            )
-            for name, search in searches.items()
-            if split in TRANSLATED.value
-        }
-        for i, weights in enumerate(params):
-            sums = add_up(jax.device_get([eval_step(weights, batch) for batch in batches]))
-            figures = mean_metrics(sums)
-            result = dict(
-                split=split,
-                run=i,
-                ln_perplexity=float(figures["ln_perplexity"]),
-                # A sentence's end counts as a word.
-                ln_perplexity_word=float(
-                    sums["nll"] / sum(len(line.split()) + 1 for line in target)
-                ),
-            )
-            for name, decoder in decoders.items():
-                source = read_lines(data / f"{split}.{config.data.source}.txt")
-                outputs = list(decoder.texts(weights, source))
-                result |= {
-                    f"{name}_bleu": sacrebleu.corpus_bleu(outputs, [target]).score,
-                    f"{name}_bleu_lowercased": sacrebleu.corpus_bleu(
-                        outputs, [target], lowercase=True
-                    ).score,
-                    f"{name}_outputs": outputs,
-                }
-            found.append(result)
-    return found
+class Evaluation:
+    """The figures of weights on some splits, with the texts behind them."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        data: Path,
+        model: Model,
+        *,
+        splits: Sequence[str],
+        translated: Sequence[str] = (),
+        beam_size: int | None = None,
+    ):
+        mesh = make_mesh(devices=jax.devices()[:1])
+        tokenizer = load_row_tokenizer(data)
+        searches: dict[str, Any] = {"greedy": greedy}
+        if beam_size is not None:
+            searches["beam"] = functools.partial(beam_search, beam_size=beam_size)
+        vocab_size = model.config.vocab_size
+        rules = only_text(tokenizer.vocab_size, vocab_size, (tokenizer.ids.eos,))
+        self._eval_step = make_eval_step(model, mesh, ids=tokenizer.ids)
+        self._batches, self._lines, self._decoders = {}, {}, {}
+        for split in splits:
+            size = config.evaluate.batch_size
+            self._batches[split] = list(loader.eval_batches(data, split, batch_size=size))
+            sides = filter(None, (config.data.source, config.data.target))
+            self._lines[split] = [read_lines(data / f"{split}.{side}.txt") for side in sides]
+            names = searches if split in translated and config.task == "translation" else ()
+            self._decoders[split] = {
+                name: LineDecoder(
+                    model,
+                    tokenizer,
+                    search=functools.partial(searches[name], eos_id=tokenizer.ids.eos, rules=rules),
+                    batch_size=len(self._lines[split][0]),
+                    bos_id=tokenizer.ids.bos or 0,
+                )
+                for name in names
+            }
+
+    def __call__(self, params: Any) -> dict[str, dict[str, Any]]:
+        """By split."""
+        return {split: self._of(split, params) for split in self._batches}
+
+    def _of(self, split: str, params: Any) -> dict[str, Any]:
+        *sources, target = self._lines[split]
+        sums = add_up(
+            jax.device_get([self._eval_step(params, batch) for batch in self._batches[split]])
+        )
+        figures = dict(
+            ln_perplexity=float(mean_metrics(sums)["ln_perplexity"]),
+            # A sentence's end counts as a word.
+            ln_perplexity_word=float(sums["nll"] / sum(len(line.split()) + 1 for line in target)),
+        )
+        for name, decoder in self._decoders[split].items():
+            outputs = list(decoder.texts(params, sources[0]))
+            for suffix, is_lowercased in (("", False), ("_lowercased", True)):
+                metric = sacrebleu.BLEU(lowercase=is_lowercased)
+                score = metric.corpus_score(outputs, [target]).score
+                figures[f"{name}_bleu{suffix}"] = score
+            figures[f"{name}_outputs"] = outputs
+        return figures
 
 
 def unstacked(params: Any) -> Iterator[Any]:
@@ -191,7 +268,19 @@ def measure() -> None:
     began = time.perf_counter()
     model, params = train(config, data, seeds, average=AVERAGE.value)
     trained = time.perf_counter() - began
-    results = evaluate(config, data, model, list(unstacked(params)), SPLITS.value)
+    evaluate = Evaluation(
+        config,
+        data,
+        model,
+        splits=SPLITS.value,
+        translated=TRANSLATED.value,
+        beam_size=BEAMS.value,
+    )
+    results = [
+        dict(run=i, split=split) | figures
+        for i, weights in enumerate(unstacked(params))
+        for split, figures in evaluate(weights).items()
+    ]
     about = dict(
         name=Path(OUTPUT.value).stem,
         seeds=seeds,
@@ -212,50 +301,46 @@ def measure() -> None:
 
 def shown(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
-    deviation = f" +- {statistics.stdev(values):.3g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{deviation}"
+    digits = 2 if statistics.fmean(values) > 10 else 3
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def compare(files: Sequence[str]) -> None:
     """Prints the tables."""
     runs = [json.loads(Path(file).read_text()) for file in files]
-    for split in runs[0]["about"]["references"]:
+    names = [run["about"]["name"] for run in runs]
+    for split, reference in runs[0]["about"]["references"].items():
         by_run = [[r for r in run["results"] if r["split"] == split] for run in runs]
-        names = [name for name in by_run[0][0] if name.startswith("ln_") or "bleu" in name]
+        figures = [name for name in by_run[0][0] if name.startswith("ln_") or "bleu" in name]
         print(f"\n{split}, seeds {runs[0]['about']['seeds']}\n")
-        print("| |", " | ".join(names), "|")
-        print("|---" * (len(names) + 1) + "|")
-        for run, results in zip(runs, by_run, strict=True):
-            cells = [shown([r[name] for r in results]) for name in names]
-            print(f"| {run['about']['name']} |", " | ".join(cells), "|")
-        for name in ("ln_perplexity", "ln_perplexity_word"):
-            print(f"\n{name}, difference to {runs[0]['about']['name']}, p by seed:")
-            for run, results in zip(runs[1:], by_run[1:], strict=True):
-                ours, theirs = ([r[name] for r in rs] for rs in (results, by_run[0]))
-                test = stats.ttest_rel(ours, theirs)
-                gap = statistics.fmean(ours) - statistics.fmean(theirs)
-                print(f"  {run['about']['name']:24} {gap:+.4f}  p = {test.pvalue:.4f}")
-        reference = runs[0]["about"]["references"][split]
+        print(f"| | {' | '.join(figures)} |")
+        print("|---" * (len(figures) + 1) + "|")
+        for name, results in zip(names, by_run, strict=True):
+            cells = [shown([r[figure] for r in results]) for figure in figures]
+            print(f"| {name} | {' | '.join(cells)} |")
+        print(f"\nln_perplexity_word, difference to {names[0]}, t-test of pairs of a seed")
+        for name, results in list(zip(names, by_run, strict=True))[1:]:
+            ours, theirs = ([r["ln_perplexity_word"] for r in rs] for rs in (results, by_run[0]))
+            gap = statistics.fmean(ours) - statistics.fmean(theirs)
+            print(f"  {name:24} {gap:+.4f}  p = {stats.ttest_rel(ours, theirs).pvalue:.4f}")
         for search in ("greedy", "beam"):
-            if f"{search}_outputs" not in by_run[0][0]:
-                continue
-            systems = [
-                (
-                    run["about"]["name"],
-                    [text for result in results for text in result[f"{search}_outputs"]],
-                )
-                for run, results in zip(runs, by_run, strict=True)
-            ]
-            repeats = math.prod([len(by_run[0])])
-            metric = sacrebleu.BLEU(lowercase=True, references=[reference * repeats])
-            test = PairedTest(
-                systems, {"BLEU": metric}, references=None, test_type="bs", n_samples=1000
-            )
-            _, scores = test()
-            print(f"\n{search}, BLEU lowercased, difference to {systems[0][0]}, paired bootstrap:")
-            for (name, _), score in list(zip(systems, scores["BLEU"], strict=True))[1:]:
-                gap = score.score - scores["BLEU"][0].score
-                print(f"  {name:24} {gap:+.2f}  p = {score.p_value:.4f}")
+            if f"{search}_outputs" in by_run[0][0]:
+                compare_texts(search, names, by_run, reference)
+
+
+def compare_texts(search: str, names: list[str], by_run: list, reference: list[str]) -> None:
+    """Prints by how much BLEU differs, and whether that is by chance."""
+    systems = [
+        (name, [text for result in results for text in result[f"{search}_outputs"]])
+        for name, results in zip(names, by_run, strict=True)
+    ]
+    metric = sacrebleu.BLEU(lowercase=True, references=[reference * len(by_run[0])])
+    test = PairedTest(systems, {"BLEU": metric}, references=None, test_type="bs", n_samples=1000)
+    scores = test()[1]["BLEU"]
+    print(f"\n{search}, BLEU lowercased, difference to {names[0]}, paired bootstrap")
+    for name, score in list(zip(names, scores, strict=True))[1:]:
+        print(f"  {name:24} {score.score - scores[0].score:+.2f}  p = {score.p_value:.4f}")
 
 
 def main(args: list[str]) -> None:
