@@ -4,8 +4,9 @@
     python train.py --config=configs/uptrain.py:0.1:CONVERTED --workdir=DIR
 
 `0.1` is the share of the run's own steps, on its own data and with its own settings: Ainslie et al.
-2023 take 0.05, and find little to gain beyond 0.1. The rate of learning is the one that the run had
-at its end, before its decay, and falls to 0 over the new steps.
+2023 take 0.05, and find little to gain beyond 0.1. The rate of learning is half of what the run had
+at its end, before its decay, and falls to 0 over the new steps. For --merge=mean, which leaves more
+to repair, raise it: --config.train.learning_rate=.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from mqa_jax.core.config import base_config
 from mqa_jax.core.paths import local_path, read_json
 
 WARMUP = 0.1  # Of the steps: the optimizer begins anew.
+RATE = 0.5  # Of the run's: what is learned is not to be lost first.
 
 
 def get_config(variant: str) -> ConfigDict:
@@ -50,6 +52,7 @@ def get_config(variant: str) -> ConfigDict:
     fields["train"] = train | dict(
         {name: max(1, round(alpha * train[name])) for name in scaled},
         steps=steps,
+        learning_rate=RATE * train["learning_rate"],
         hold_steps=max(train["hold_steps"], train["steps"]),
         warmup_steps=warmup_steps,
         decay_steps=steps - warmup_steps,
