@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 from running import ROOT, losses, records, run_well
 
-from configs import lm1b, multi30k, own_language_model, quickstart, wmt14
+from configs import lm1b, multi30k, own_language_model, quickstart, uptrain, wmt14
 from mqa_jax import TransformerConfig
 from mqa_jax.model.transformer import build_model
 from mqa_jax.train.config import check_config, remarks
+from mqa_jax.train.optimizer import rsqrt_schedule
 
 # heads, key/value heads, head dim, window; and d_ff for translation, for the language model
 PAPER = {
@@ -168,6 +169,74 @@ def test_every_config_makes_sense(module):
         config = module.get_config(variant)
         check_config(config, {"data": 1, "fsdp": 1, "tensor": 1})
         assert remarks(config) == []
+
+
+def converted(directory, config):
+    """The directory of a converted run, as far as a config looks."""
+    directory.mkdir()
+    fields = json.loads(config.to_json()) | {"converted": {"from": "run"}}
+    del fields["model"]["qk_norm"]  # Of a version that did not have it.
+    (directory / "config.json").write_text(json.dumps(fields))
+    return directory
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_uptraining_goes_on_from_where_the_run_was_before_its_decay(tmp_path, module):
+    was = module.get_config("multi_head")
+    config = uptrain.get_config(f"0.1:{converted(tmp_path / 'a:b', was)}")
+    check_config(config, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert remarks(config) == []
+    assert config.init_from == str(tmp_path / "a:b") and "converted" not in config
+    now, settings = config.train, was.train
+    assert now.steps * 10 == settings.steps
+    assert now.evaluate_every * 10 == settings.evaluate_every
+    rate_before = rsqrt_schedule(
+        settings.learning_rate,
+        settings.steps,
+        hold_steps=settings.hold_steps,
+        warmup_steps=0,
+        decay_steps=0,
+    )(settings.steps)
+    schedule = rsqrt_schedule(
+        now.learning_rate,
+        now.steps,
+        hold_steps=now.hold_steps,
+        warmup_steps=now.warmup_steps,
+        decay_steps=now.decay_steps,
+    )
+    rates = [float(schedule(step)) for step in range(now.steps + 1)]
+    assert max(rates) == pytest.approx(uptrain.RATE * float(rate_before), rel=1e-3)
+    assert rates.index(max(rates)) < 0.11 * now.steps and rates[-1] == 0
+    # The data is that of the run, with its tokenizer; all else is as it was.
+    expected, found = json.loads(was.to_json()), json.loads(config.to_json())
+    expected["data"]["dir"] = ""
+    for name in now:
+        if now[name] != settings[name]:
+            del expected["train"][name], found["train"][name]
+    assert len(found["train"]) >= len(settings) - 8
+    assert found == expected | {"init_from": config.init_from}
+
+
+def test_uptraining_what_began_from_another_model_keeps_its_data(tmp_path):
+    was = own_language_model.get_config()
+    was.init_from, was.data.dir = "somewhere", "data/own"
+    found = uptrain.get_config(f"0.003:{converted(tmp_path / 'run', was)}")
+    assert (found.data.dir, found.init_from) == ("data/own", str(tmp_path / "run"))
+    assert (found.train.steps, found.train.log_every, found.train.evaluate_every) == (6, 1, 2)
+
+
+def test_what_cannot_be_uptrained_is_refused(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text('{"model_type": "gpt2"}')
+    for variant, message in (
+        ("0.1", "'0.1' must be SHARE:CONVERTED"),
+        ("x:run", "share of the steps must be above 0, not 'x'"),
+        ("0:run", "must be above 0, not '0'"),
+        (f"0.1:{tmp_path}", "is no converted run: there is no .*config.json"),
+        (f"0.1:{tmp_path}/hub", "of the hub, .* own_language_model, with --config.init_from="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            uptrain.get_config(variant)
 
 
 @pytest.mark.slow

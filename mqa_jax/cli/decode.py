@@ -37,14 +37,20 @@ from absl import flags
 from flax import nnx
 
 from mqa_jax.cli.arguments import define_model, refuse_idle
-from mqa_jax.cli.pretrained import DTYPES, Source, load_pretrained, rules_of, take_defaults
+from mqa_jax.cli.pretrained import (
+    DTYPES,
+    Source,
+    load_pretrained,
+    source_of_run,
+    take_defaults,
+)
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
 from mqa_jax.decode.beam import TRANSFORMERS, BeamRules, beam_search
 from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import ON_LONG, LineDecoder, LineStats
 from mqa_jax.decode.prompts import Search
-from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty, only_text
+from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty
 from mqa_jax.decode.search import greedy, sample
 
 BEAM_RULES = {"paper": BeamRules(), "transformers": TRANSFORMERS}
@@ -239,30 +245,14 @@ def run(args: flags.FlagValues) -> None:
 
 
 def load_trained(args: flags.FlagValues) -> Source:
-    """The run in --workdir; one that began from a directory of the hub decodes as that does."""
+    """The run in --workdir."""
     from mqa_jax.train import workdir as workdirs
 
     workdir = local_path("--workdir", args.workdir)
     run = workdirs.load_run(workdir)
-    ids = run.tokenizer.ids
-    eos_ids: tuple[int, ...] = (ids.eos,)
-    rules: tuple[Rule, ...] = ()
     if (generation := getattr(run.tokenizer, "generation", None)) is not None:
         take_defaults(args, generation, workdir)
-        rules = rules_of(generation)
-        eos_ids = generation.eos_ids or eos_ids
-    return Source(
-        run.model,
-        run.params,
-        run.tokenizer,
-        bos_id=0 if ids.bos is None else ids.bos,
-        eos_ids=eos_ids,
-        has_bos=ids.bos is not None,
-        rules=(
-            *rules,
-            *only_text(run.tokenizer.vocab_size, run.model.config.vocab_size, eos_ids),
-        ),
-    )
+    return source_of_run(run)
 
 
 def answers(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from flax import nnx
 
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
@@ -48,19 +49,27 @@ def load_pretrained(args: flags.FlagValues) -> Source:
     """
     require("hub", "--model")
 
-    from flax import nnx
-
     from mqa_jax import hub
 
     directory = local_path("--model", args.model)
     pretrained = hub.load(directory, dtype=args.dtype, max_length=args.max_length)
+    source = source_of(pretrained, directory)
+    take_defaults(args, pretrained.generation, directory)
+    return source
+
+
+def source_of(pretrained: Any, directory: Path) -> Source:
+    """A model that `mqa_jax.hub.load` has read.
+
+    Raises:
+      ValueError: it has no tokenizer.
+    """
     if pretrained.tokenizer is None:
         raise ValueError(
             f"{directory} has no tokenizer that can be read: tokenizer.json, tokenizer.model, "
             "spiece.model, or source.spm, target.spm and vocab.json of a Marian"
         )
     generation, tokenizer = pretrained.generation, pretrained.tokenizer
-    take_defaults(args, generation, directory)
     start = generation.decoder_start_id
     return Source(
         pretrained.model,
@@ -75,6 +84,27 @@ def load_pretrained(args: flags.FlagValues) -> Source:
                 tokenizer.vocab_size, pretrained.model.config.vocab_size, generation.eos_ids
             ),
         ),
+    )
+
+
+def source_of_run(run: Any) -> Source:
+    """A run that `mqa_jax.train.workdir.load_run` has read; one that began from a directory of the
+    hub decodes as that does."""
+    tokenizer = run.tokenizer
+    ids = tokenizer.ids
+    eos_ids: tuple[int, ...] = (ids.eos,)
+    rules: tuple[Rule, ...] = ()
+    if (generation := getattr(tokenizer, "generation", None)) is not None:
+        rules = rules_of(generation)
+        eos_ids = generation.eos_ids or eos_ids
+    return Source(
+        run.model,
+        run.params,
+        tokenizer,
+        bos_id=0 if ids.bos is None else ids.bos,
+        eos_ids=eos_ids,
+        has_bos=ids.bos is not None,
+        rules=(*rules, *only_text(tokenizer.vocab_size, run.model.config.vocab_size, eos_ids)),
     )
 
 

@@ -41,7 +41,7 @@ from mqa_jax.measure.roofline import (
     step_flops,
     weight_bytes,
 )
-from mqa_jax.measure.timing import milliseconds, timed
+from mqa_jax.measure.timing import milliseconds, no_compilation, timed
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import EncoderDecoder, Model
 
@@ -104,6 +104,37 @@ def sweep(
                 yield bench.cost(variant, search, rooflines[dtype])
             del bench  # There may be no room for its caches beside the next ones.
         del model
+
+
+def step_milliseconds(
+    models: Sequence[Model], batch: int, context_length: int, *, repeats: int = 5
+) -> list[float]:
+    """What a greedy decode step of each model takes, all in one run: they take turns, so that what
+    else the machine does meanwhile is of all of them alike.
+
+    Args:
+      models: with their weights, of which all fit into memory together.
+      batch: `B`.
+      context_length: `C`, at least 2, and no more than the models know positions.
+      repeats: turns, of which each one's median is taken.
+
+    Raises:
+      ValueError: a size that cannot be measured, or does not fit into memory.
+      RuntimeError: something was compiled while it was measured.
+    """
+    sizes = _check({"a model": models}, [batch], [context_length], (), ("greedy",), repeats)
+    for model in models:
+        check_memory("the model", model, *sizes[0])
+    benches = [_Bench(model, batch, context_length, repeats) for model in models]
+    runs = [bench.greedy_run() for bench in benches]
+    for run in runs:  # Which does not count.
+        run()
+    with no_compilation():
+        turns = [[run() for run in runs] for _ in range(repeats)]
+    return [
+        1e3 * statistics.median(times) / bench.steps
+        for times, bench in zip(zip(*turns, strict=True), benches, strict=True)
+    ]
 
 
 def _check(
@@ -277,6 +308,11 @@ class _Bench:
 
     def _greedy(self) -> tuple[int, list[float]]:
         """The number of steps, and the milliseconds of one in each run."""
+        run = self.greedy_run()
+        return self.steps, [ms / self.steps for ms in milliseconds(run, self.repeats)]
+
+    def greedy_run(self) -> Callable[[], float]:
+        """What takes `steps` greedy steps behind the context, and returns the seconds."""
 
         def decode(
             params: list[Array], cache: Any, context: tuple[Any, ...], tokens_B: Array
@@ -295,7 +331,7 @@ class _Bench:
             )
             return seconds
 
-        return self.steps, [ms / self.steps for ms in milliseconds(run, self.repeats)]
+        return run
 
     def _alone(self) -> float:
         """The milliseconds of a greedy step that Python calls, one after the other."""

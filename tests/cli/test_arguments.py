@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 WORKDIR = "--workdir=x"
 MISTAKES = {
     "": ["foo"],
-    "train, decode, benchmark, prepare": ["foo"],
+    "train, decode, convert, benchmark, prepare": ["foo"],
     "give --workdir, of a training run, or --model, of the hub, to decode with": ["decode"],
     "--dtype: of no effect without --model": ["decode", WORKDIR, "--dtype=bfloat16"],
     "--temperature: of no effect without --sample": ["decode", WORKDIR, "--temperature=1"],
@@ -104,7 +104,11 @@ MISTAKES = {
         "--config.model.dtype=fp16",
     ],
     "there is no config 'configs/wmt41.py': give": ["train", WORKDIR, "--config=configs/wmt41.py"],
-    "lm1b, multi30k, own_language_model, quickstart, wmt14": ["train", "--config=wmt", WORKDIR],
+    "lm1b, multi30k, own_language_model, quickstart, uptrain, wmt14": [
+        "train",
+        "--config=wmt",
+        WORKDIR,
+    ],
     "there is no config ''": ["train", WORKDIR, "--config="],
     "Missing value for flag --config": ["train", WORKDIR, "--config"],
     "wmt14.py: variant 'foo' is not one of": ["train", WORKDIR, "--config=wmt14:foo"],
