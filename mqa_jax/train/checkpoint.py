@@ -159,7 +159,7 @@ class Checkpoints:
         (unsigned / MANIFEST).write_text(json.dumps(_hashes(unsigned), indent=2))
         unsigned.rename(self._plain / str(step))
         # Not newer ones, of which nothing is known: this one is whole.
-        older = [old for old in self._steps() if old <= step]
+        older = [old for old in steps_in(self._directory) if old <= step]
         for old in older[self._keep :]:
             try:
                 shutil.rmtree(self._directory / str(old))
@@ -190,7 +190,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's; whether it is still whole, only reading it tells."""
-        return max(self._steps(), default=None)
+        return max(steps_in(self._directory), default=None)
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest whole checkpoint, with the shapes, dtypes and shardings of `state`.
@@ -257,30 +257,8 @@ class Checkpoints:
             if self._link:
                 self._link.cleanup()
 
-    def _folders(self, name: re.Pattern[str]) -> list[Path]:
-        """The directories in ours whose name is of that kind."""
-        if not self._directory.is_dir():
-            return []
-        return [
-            path
-            for path in sorted(self._directory.iterdir())
-            if name.fullmatch(path.name) and path.is_dir()
-        ]
-
     def _unfinished(self) -> list[Path]:
-        return [path for path in self._folders(_UNSIGNED) if not path.is_symlink()]
-
-    def _steps(self) -> list[int]:
-        """The newest first."""
-        return sorted(
-            (
-                int(path.name)
-                for path in self._folders(_SIGNED)
-                # Another's folder may have a number for a name.
-                if (path / MANIFEST).exists() or (path / "params").exists()
-            ),
-            reverse=True,
-        )
+        return [path for path in _folders(self._directory, _UNSIGNED) if not path.is_symlink()]
 
     def _read_newest(self) -> int:
         """The newest that is whole, which may be read once without another look at its files."""
@@ -290,7 +268,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for unsigned in self._unfinished():
                 logging.warning("%s was never finished, and is not used", unsigned)
-            for found in self._steps():
+            for found in steps_in(self._directory):
                 bad = _damage(self._directory / str(found))
                 if not bad:
                     step = found
@@ -313,6 +291,28 @@ class Checkpoints:
             )
         self._read, self._damaged = step, list(damaged)
         return step
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Those of the checkpoints in a directory, which need not be there; the newest first."""
+    return sorted(
+        (
+            int(path.name)
+            for path in _folders(directory, _SIGNED)
+            # Another's folder may have a number for a name.
+            if (path / MANIFEST).exists() or (path / "params").exists()
+        ),
+        reverse=True,
+    )
+
+
+def _folders(directory: Path, name: re.Pattern[str]) -> list[Path]:
+    """The directories in one whose name is of that kind."""
+    if not directory.is_dir():
+        return []
+    return [
+        path for path in sorted(directory.iterdir()) if name.fullmatch(path.name) and path.is_dir()
+    ]
 
 
 @jax.jit

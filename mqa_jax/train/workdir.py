@@ -30,14 +30,15 @@ from mqa_jax.data.manifest import HUB_TOKENIZER, TOKENIZER, Manifest
 from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import Model, build_model
-from mqa_jax.train.checkpoint import RUN, Checkpoints
+from mqa_jax.train.checkpoint import RUN, Checkpoints, steps_in
 
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 
-# These fields of a config, and all below them, decide nothing about the weights (the mesh: nothing
-# but rounding), so a run goes on with others. What the data is, its manifest says.
+# These fields of a config, and all below them, decide nothing about the weights of a step that was
+# done (the mesh: nothing but rounding), so a run goes on with others. What the data is, its
+# manifest says.
 FREE = (
     "mesh",
     "data.dir",
@@ -49,6 +50,7 @@ FREE = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.max_skipped_steps",
+    "train.steps",
     "evaluate",
 )
 
@@ -147,7 +149,8 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
       about: of `describe`; without data, only the config is compared.
 
     Raises:
-      ValueError: it belongs to another run; the message lists the differences.
+      ValueError: it belongs to another run, and the message lists the differences; or that has
+        done more steps than there are to be.
     """
     checkpoints = workdir / CHECKPOINTS
     if checkpoints.exists() and not checkpoints.is_dir():
@@ -160,6 +163,12 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
             f"{workdir} holds a run with another config:\n  "
             + "\n  ".join(lines)
             + "\nname another --workdir, or give the config that it was started with"
+        )
+    steps, done = about["config"]["train"]["steps"], max(steps_in(checkpoints), default=0)
+    if steps < done:
+        raise ValueError(
+            f"--config.train.steps {steps:,} is less than the {done:,} of the newest checkpoint in "
+            f"{checkpoints}: give {done:,} or more, or name another --workdir"
         )
     if "data" not in about:
         return
@@ -188,7 +197,13 @@ def claim(workdir: Path, about: Mapping[str, Any], data: Path) -> list[str]:
     check(workdir, about)
     workdir.mkdir(parents=True, exist_ok=True)
     is_ours = (workdir / CONFIG).exists()
-    changes = [line for _, line in _changes(workdir, about)] if is_ours else []
+    changes = []
+    if is_ours:
+        was = read_json(workdir / CONFIG)
+        changes = [
+            line + _of_schedule(was, about["config"]) * (field == "config.train.steps")
+            for field, line in _changes(workdir, about)
+        ]
     tokenizer = tokenizer_file(data)
     partial = workdir / f"{tokenizer.name}.partial"
     shutil.copyfile(tokenizer, partial)
@@ -230,6 +245,15 @@ def _data_of(tokenizer: Path) -> dict[str, Any]:
 def _changes(workdir: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     was = read_json(workdir / CONFIG)
     return _differences("config", was, about["config"], _defaults()["config"])
+
+
+def _of_schedule(was: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What another number of steps does to the learning rate, behind the line that tells it."""
+    steps, decay = config["train"]["steps"], config["train"].get("decay_steps", 0)
+    if not decay:
+        return ""
+    falls = f"; the learning rate now falls over steps {max(steps - decay, 0):,} to {steps:,}"
+    return falls + ", and rises again if it had fallen" * (steps > was["train"]["steps"])
 
 
 def _defaults() -> dict[str, Any]:

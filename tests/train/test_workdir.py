@@ -98,7 +98,8 @@ def test_to_look_claims_nothing(run, data):
 def test_every_difference_is_listed(run, data):
     claim(run, make_config(), data)
     first = contents(run)
-    other = make_config(**{"train.steps": 71, "train.mesh.fsdp": 2, "window": 7, "limit": 9})
+    changes = {"train.learning_rate": 0.5, "train.mesh.fsdp": 2, "window": 7, "limit": 9}
+    other = make_config(**changes)
     del other.words
     other.sizes = (3, 5, 7)
     other.extra = ConfigDict({"a": True})
@@ -111,8 +112,8 @@ def test_every_difference_is_listed(run, data):
             "config.extra: 'nothing' there, {'a': True} asked",
             "config.limit: None there, 9 asked",
             "config.sizes: [3, 5] there, [3, 5, 7] asked",
+            "config.train.learning_rate: 0.25 there, 0.5 asked",
             "config.train.mesh.fsdp: 1 there, 2 asked",
-            "config.train.steps: 70 there, 71 asked",
             "config.window: None there, 7 asked",
             "config.words: 'für' there, 'nothing' asked",
         ]
@@ -139,9 +140,39 @@ def test_what_decides_nothing_may_change_and_is_told(run, data, field):
     changes = claim(run, ConfigDict(holder), data)
     assert changes and all(change.startswith(f"config.{field}") for change in changes)
     if not isinstance(was, dict):
-        assert changes == [f"config.{field}: {was!r} there, 99 asked"]
+        (change,) = changes
+        assert change.split(";")[0] == f"config.{field}: {was!r} there, 99 asked"
     assert workdir.load_config(run).to_dict() == json.loads(json.dumps(holder))
     assert claim(run, ConfigDict(holder), data) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "effect"),
+    [
+        (90, "; the learning rate now falls over steps 80 to 90, and rises again if it had fallen"),
+        (60, "; the learning rate now falls over steps 50 to 60"),
+        (5, "; the learning rate now falls over steps 0 to 5"),
+    ],
+)
+def test_another_number_of_steps_says_what_becomes_of_the_rate(run, data, steps, effect):
+    config = ConfigDict(SHIPPED)
+    config.train.update(steps=70, decay_steps=10)
+    claim(run, config, data)
+    config.train.steps = steps
+    assert claim(run, config, data) == [f"config.train.steps: 70 there, {steps} asked{effect}"]
+    config.train.decay_steps = 0
+    run = run.with_name("level")
+    claim(run, config, data)
+    config.train.steps = 8
+    assert claim(run, config, data) == [f"config.train.steps: {steps} there, 8 asked"]
+
+
+def test_there_are_no_fewer_steps_than_are_done(run, data):
+    claim(run, make_config(), data)
+    (run / "checkpoints/60/params").mkdir(parents=True)
+    check(run, make_config(**{"train.steps": 60}))
+    with pytest.raises(ValueError, match=r"train.steps 59 is less than the 60 of the newest"):
+        check(run, make_config(**{"train.steps": 59}))
 
 
 @pytest.mark.parametrize("field", ["train.seed", "data.target_length", "model.d_ff"])
