@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -111,11 +111,14 @@ class Checkpoints:
                 raise
             logging.error("%s", second)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, spared: Collection[int] = ()) -> None:
         """Starts to write `state`; returns when it has been copied to the host.
 
         Does nothing if `state` is what was saved or restored last. Waits until the save before is
         done: one at a time takes memory of the host.
+
+        Args:
+          spared: steps whose checkpoints stay, besides the newest.
 
         Raises:
           SaveError: this save, or the one before, failed.
@@ -143,9 +146,9 @@ class Checkpoints:
             raise self._failure(step, error) from None
         self._here, self._read = step, None
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), items)
-        self._saving = step, self._pool.submit(self._finish, step, shapes, sums)
+        self._saving = step, self._pool.submit(self._finish, step, shapes, sums, spared)
 
-    def _finish(self, step: int, shapes: dict, sums: dict) -> None:
+    def _finish(self, step: int, shapes: dict, sums: dict, spared: Collection[int]) -> None:
         """In the background: signs what Orbax has written, and lets go of the oldest."""
         self._checkpointer.wait_until_finished()
         if jax.process_index() != 0:
@@ -160,7 +163,7 @@ class Checkpoints:
         unsigned.rename(self._plain / str(step))
         # Not newer ones, of which nothing is known: this one is whole.
         older = [old for old in steps_in(self._directory) if old <= step]
-        for old in older[self._keep :]:
+        for old in set(older[self._keep :]) - set(spared):
             try:
                 shutil.rmtree(self._directory / str(old))
             except OSError as error:
@@ -198,14 +201,24 @@ class Checkpoints:
         Newer ones that are damaged are named in the log, and renamed.
 
         Raises:
-          ValueError: there is no checkpoint, or none that is whole.
+          ValueError: there is no checkpoint, or none that is whole; or it has weights alone.
         """
-        step = self._here = self._read_newest() if self._read is None else self._read
+        restored = self.read(state)
         for damaged in self._damaged:
             aside = self._directory / f"{damaged}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(damaged)).rename(aside)
-        self._read, self._damaged = None, []
+        self._here, self._damaged = int(restored.step), []
+        return restored
+
+    def read(self, state: TrainState) -> TrainState:
+        """As `restore`, of another run's checkpoints: they are left as they are."""
+        step = self._read_newest() if self._read is None else self._read
+        self._read = None
+        if not has_optimizer(self._directory, step):
+            raise ValueError(
+                f"checkpoint {step} in {self._directory} has no optimizer to go on with"
+            )
         restored = self._checkpointer.restore(
             self._plain / str(step),
             args=ocp.args.Composite(
@@ -304,6 +317,11 @@ def steps_in(directory: Path) -> list[int]:
         ),
         reverse=True,
     )
+
+
+def has_optimizer(directory: Path, step: int) -> bool:
+    """Whether a checkpoint has the state of one beside the weights."""
+    return (directory / str(step) / "optimizer").is_dir()
 
 
 def _folders(directory: Path, name: re.Pattern[str]) -> list[Path]:

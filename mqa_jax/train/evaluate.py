@@ -18,7 +18,7 @@ from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.rules import only_text
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model
-from mqa_jax.train.metrics import bleu, exact_match
+from mqa_jax.train.metrics import bleu, chrf, exact_match
 from mqa_jax.train.processes import put_batch, row_share
 from mqa_jax.train.step import Metrics, make_eval_step, mean_metrics
 
@@ -92,6 +92,7 @@ def make_evaluate(
         if sources and jax.process_index() == 0:
             hypotheses = list(decoder.texts(params, sources))
             figures["bleu"], signature = bleu(hypotheses, references)
+            figures["chrf"], _ = chrf(hypotheses, references)
             figures["exact_match"] = exact_match(hypotheses, references)
             print_line(f"  {sources[0]}  ->  {hypotheses[0]}  (reference: {references[0]})")
             print_line(f"  BLEU signature {signature}")

@@ -48,6 +48,8 @@ FREE = (
     "train.checkpoint_every",
     "train.evaluate_every",
     "train.keep_checkpoints",
+    "train.best",
+    "train.patience",
     "train.log_every",
     "train.max_skipped_steps",
     "train.steps",
