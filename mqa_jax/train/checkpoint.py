@@ -232,32 +232,34 @@ class Checkpoints:
             _like(state.opt_state, restored.optimizer),
         )
 
-    def restore_params(self, params: Any) -> Any:
-        """The weights of the newest whole checkpoint; `params` may hold shapes instead of arrays.
+    def restore_params(self, params: Any, step: int | None = None) -> Any:
+        """The weights of a checkpoint; `params` may hold shapes instead of arrays.
 
         A weight goes where its place in `params` says, and else, as for shapes without a sharding,
         to the first device: wherever the run that saved it had it.
 
+        Args:
+          step: of the checkpoint; the newest whole one when None.
+
         Raises:
-          ValueError: there is no checkpoint, or none that is whole.
+          ValueError: there is no such checkpoint, or it is not whole.
         """
-        step = self._read_newest() if self._read is None else self._read
-        self._read = None
+        if self._read is None or step not in (None, self._read):
+            self._find(step)
+        step, self._read = self._read, None
         args = ocp.args.StandardRestore(_by_path(_abstract(params)))
         restored = self._checkpointer.restore(
             self._plain / str(step), args=ocp.args.Composite(params=args)
         )
         return _like(params, restored.params)
 
-    def run(self) -> dict[str, Any]:
-        """What the run said of itself in the newest whole checkpoint; nothing before version 0.2.
+    def run(self, step: int | None = None) -> dict[str, Any]:
+        """What the run said of itself in a checkpoint; nothing before version 0.2.
 
         A `restore` or `restore_params` behind it is of the same one, and does not check it again.
-
-        Raises:
-          ValueError: there is no checkpoint, or none that is whole.
+        Arguments and errors are those of `restore_params`.
         """
-        path = self._directory / str(self._read_newest()) / RUN
+        path = self._directory / str(self._find(step)) / RUN
         return read_json(path) if path.exists() else {}
 
     def close(self) -> None:
@@ -272,6 +274,23 @@ class Checkpoints:
 
     def _unfinished(self) -> list[Path]:
         return [path for path in _folders(self._directory, _UNSIGNED) if not path.is_symlink()]
+
+    def _find(self, step: int | None) -> int:
+        """A checkpoint that is whole, which may be read once without another look at its files."""
+        if step is None:
+            return self._read_newest()
+        if step not in (there := steps_in(self._directory)):
+            raise ValueError(
+                f"no checkpoint of step {step} in {self._directory}; there are those of steps "
+                f"{', '.join(map(str, there)) or 'none'}"
+            )
+        if bad := _damage(self._directory / str(step)):
+            raise ValueError(
+                f"checkpoint {self._directory / str(step)} is damaged: files {bad} are not what "
+                "was written. Put them back, or name another --step"
+            )
+        self._read, self._damaged = step, []
+        return step
 
     def _read_newest(self) -> int:
         """The newest that is whole, which may be read once without another look at its files."""

@@ -100,13 +100,19 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
     return Start(ConfigDict(fields), tokenizer, params)
 
 
-def pretrained(workdir: str | Path) -> "Pretrained":
+def pretrained(
+    workdir: str | Path, *, step: int | str | None = None, average: int = 1
+) -> "Pretrained":
     """A run that began from a directory of the hub, as `mqa_jax.hub.save` writes it back.
+
+    Args:
+      step: as for `load_run`.
+      average: likewise.
 
     Raises:
       ValueError: it did not, or as `load_run`.
     """
-    run = load_run(workdir)
+    run = load_run(workdir, step=step, average=average)
     require("hub", "a directory of the hub")
 
     from mqa_jax.hub import Pretrained

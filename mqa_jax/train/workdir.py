@@ -16,13 +16,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path, read_json
@@ -31,6 +34,7 @@ from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import Model, build_model
 from mqa_jax.train.checkpoint import RUN, Checkpoints, steps_in
+from mqa_jax.train.optimizer import wide
 
 CONFIG = "config.json"
 DATA = "data.json"
@@ -66,7 +70,7 @@ class Run(NamedTuple):
       config: the resolved config.
       tokenizer: of its data.
       model: its structure, with shapes in place of weights.
-      params: the weights of the newest whole checkpoint, on the first device.
+      params: the weights, on the first device.
     """
 
     config: ConfigDict
@@ -75,26 +79,79 @@ class Run(NamedTuple):
     params: nnx.State
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, *, step: int | str | None = None, average: int = 1) -> Run:
     """The run in `workdir`, whatever devices it was trained on.
 
+    Args:
+      step: of the checkpoint whose weights they are; "best" for that of the best evaluation by
+        `config.train.best`; the newest whole one when None.
+      average: above 1: the mean of the weights, taken in float32, of so many checkpoints, the
+        newest or those up to `step`.
+
     Raises:
-      ValueError: there is none, or a file is not what the run had: the message names it.
+      ValueError: there is no run, no such checkpoint or not as many, or a file is not what the run
+        had: the message names it.
       OSError: a file is missing or cannot be read.
     """
     path = local_path("--workdir", workdir)
     config, file = load_config(path), tokenizer_file(path)
+    steps, total = _steps(path, config, step, average), None
     with Checkpoints(path / CHECKPOINTS) as checkpoints:
-        # Nothing before version 0.2.
-        if signed := checkpoints.run():
-            found = {"config": json.loads(config.to_json()), "data": _data_of(file)}
-            signed["data"] = {"tokenizer_sha256": signed["data"]["tokenizer_sha256"]}
-            check_signed(path, signed, found)
-        tokenizer = load_row_tokenizer(path)
-        model = nnx.eval_shape(
-            lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+        for one in steps:
+            # Nothing before version 0.2.
+            if signed := checkpoints.run(one):
+                found = {"config": json.loads(config.to_json()), "data": _data_of(file)}
+                signed["data"] = {"tokenizer_sha256": signed["data"]["tokenizer_sha256"]}
+                check_signed(path, signed, found)
+            model = nnx.eval_shape(
+                lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+            )
+            params = checkpoints.restore_params(nnx.state(model), one)
+            wider = jax.tree.map(lambda x: x.astype(wide(x)), params)
+            total = wider if total is None else jax.tree.map(jnp.add, total, wider)
+    if average > 1:
+        params = jax.tree.map(lambda x, like: (x / average).astype(like.dtype), total, params)
+    return Run(config, load_row_tokenizer(path), model, params)
+
+
+def _steps(
+    workdir: Path, config: ConfigDict, step: int | str | None, average: int
+) -> list[int | None]:
+    """The checkpoints that `load_run` is asked for; None for the newest whole one."""
+    check_integer("--average", average)
+    checkpoints = workdir / CHECKPOINTS
+    there = steps_in(checkpoints)
+    if step == "best":
+        step = _best(workdir, config, there)
+    elif step is not None:
+        step = check_integer("--step", step, least=0)
+    if average == 1:
+        return [step]
+    steps = there if step is None else [step, *(one for one in there if one < step)]
+    if len(steps) < average:
+        until = "" if step is None else f" up to step {step}"
+        raise ValueError(
+            f"--average={average}: {checkpoints} has {len(steps)} checkpoints{until}, of steps "
+            f"{', '.join(map(str, steps))}; --config.train.keep_checkpoints keeps more as it trains"
         )
-        return Run(config, tokenizer, model, checkpoints.restore_params(nnx.state(model)))
+    return [*steps[:average]]
+
+
+def _best(workdir: Path, config: ConfigDict, there: Sequence[int]) -> int:
+    from mqa_jax.train.progress import best_steps  # Only here: it needs what logs, too.
+
+    if not (name := config.train.get("best")):
+        reason = "the run was trained without --config.train.best"
+    else:
+        # What is logged behind the newest checkpoint will be done again.
+        steps, _ = best_steps(workdir, name, max(there, default=0))
+        if found := [step for step in steps if step in there]:
+            return found[0]
+        reason = f"the best {name} is of step {steps[0]}" if steps else f"no {name} is logged"
+    raise ValueError(
+        f"--step=best: {reason}; {workdir / CHECKPOINTS} has checkpoints of steps "
+        f"{', '.join(map(str, there))}"
+    )
 
 
 def load_config(workdir: str | Path) -> ConfigDict:

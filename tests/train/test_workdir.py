@@ -352,6 +352,78 @@ def test_a_run_is_loaded_with_all_that_decoding_needs(trained, own):
         assert logits.shape == (1, 5, 300)
 
 
+@pytest.fixture
+def several(trained, own):
+    """Weights times 1, 2, 4 and 8 as steps 3, 5, 7 and 9; of the best loss is step 5."""
+    config = json.loads((own / "config.json").read_text())
+    config["train"]["best"] = "loss"
+    (own / "config.json").write_text(json.dumps(config))
+    about = json.loads((own / "checkpoints/3/run.json").read_text())
+    with Checkpoints(own / "checkpoints", keep=9, run=about) as checkpoints:
+        for step, times in ((5, 2), (7, 4), (9, 8)):
+            params = jax.tree.map(lambda x, times=times: x * times, trained[1])
+            checkpoints.save(TrainState(jnp.int32(step), params, params))
+    losses = {3: 2.0, 5: 1.0, 7: 1.5, 11: 0.5}
+    records = [dict(kind="validation", step=step, loss=loss) for step, loss in losses.items()]
+    (own / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return own
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        ({}, 8),
+        (dict(step=9), 8),
+        (dict(step=3), 1),
+        (dict(step="best"), 2),  # Of what is behind the newest checkpoint nothing is there.
+        (dict(average=2), (8 + 4) / 2),
+        (dict(step=7, average=3), (4 + 2 + 1) / 3),
+        (dict(step="best", average=2), (2 + 1) / 2),
+    ],
+)
+def test_the_weights_of_a_step_and_the_mean_of_several(trained, several, options, times):
+    run = workdir.load_run(several, **options)
+    for found, one in zip(*map(jax.tree.leaves, (run.params, trained[1])), strict=True):
+        assert found.dtype == one.dtype and found.devices() == {jax.devices()[0]}
+        np.testing.assert_allclose(found, np.asarray(one) * times, rtol=1e-6)
+
+
+def test_a_step_that_is_not_there_or_damaged_is_an_error(several):
+    there = "9, 7, 5, 3"
+    with pytest.raises(ValueError, match=f"no checkpoint of step 4 in .* of steps {there}"):
+        workdir.load_run(several, step=4)
+    with pytest.raises(ValueError, match=f"has 4 checkpoints, of steps {there}; --config.train.k"):
+        workdir.load_run(several, average=5)
+    (several / "checkpoints/5/run.json").write_text("{}")
+    for options in (dict(step=5), dict(step="best"), dict(step=7, average=2)):
+        with pytest.raises(ValueError, match=r"checkpoints/5 is damaged: files \['run.json'\]"):
+            workdir.load_run(several, **options)
+    shutil.rmtree(several / "checkpoints/5")
+    with pytest.raises(ValueError, match="--step=best: the best loss is of step 5; .* 9, 7, 3"):
+        workdir.load_run(several, step="best")
+    (several / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="--step=best: no loss is logged; "):
+        workdir.load_run(several, step="best")
+
+
+def test_a_mean_of_bfloat16_is_taken_in_float32(trained, tmp_path):
+    """In bfloat16, 256 and 1 add up to 256."""
+    sizes, data = SIZES | dict(param_dtype="bfloat16"), trained[0] / "data"
+    config = ConfigDict({"task": "language_model", "model": sizes, "train": {}})
+    about = describe(config, data)
+    run = tmp_path / "run"
+    workdir.claim(run, about, data)
+    model = build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model))
+    with Checkpoints(run / "checkpoints", run=about) as checkpoints:
+        for step, value in enumerate((256, 1, 1)):
+            full = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), params)
+            checkpoints.save(TrainState(jnp.int32(step), full, full))
+    for x in jax.tree.leaves(workdir.load_run(run, average=3).params):
+        assert x.dtype == jnp.bfloat16 or x.ndim == 1  # Norms are in float32.
+        assert np.unique(np.asarray(x, np.float32)) == 86
+
+
 def change(path, **fields):
     config = json.loads(path.read_text())
     config["model"] |= fields
