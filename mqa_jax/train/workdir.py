@@ -29,7 +29,8 @@ from mqa_jax.core.checks import check_integer
 from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path, read_json
-from mqa_jax.data.manifest import HUB_TOKENIZER, TOKENIZER, Manifest
+from mqa_jax.data.manifest import HUB_TOKENIZER, MANIFEST, TOKENIZER, Manifest
+from mqa_jax.data.request import directory_of
 from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import Model, build_model
@@ -166,6 +167,30 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if "model_type" in (config := read_json(path)):
         raise ValueError(f"{workdir} is no run, but a model of the hub: give it as --model")
     return ConfigDict(config)
+
+
+def data_of_run(workdir: Path, directory: str | None = None) -> tuple[Path, Manifest]:
+    """The prepared data that a run was trained on; that its files are as they were is not checked.
+
+    Args:
+      directory: where it lies; where the run had it when None.
+
+    Raises:
+      ValueError: it is not there, or is other data.
+    """
+    if not (workdir / DATA).is_file():
+        raise ValueError(f"{workdir} has no {DATA}, which says what data it was trained on")
+    was = read_json(workdir / DATA)["manifest"]
+    data = load_config(workdir).data
+    path = directory_of(data, was["request"])
+    if directory is not None:
+        path = local_path("--data_dir", directory)
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"the data of {workdir} is not at {path.absolute()}: give --data_dir")
+    manifest = Manifest.read(path)
+    if lines := [line for _, line in _differences("data", was, dataclasses.asdict(manifest))]:
+        raise ValueError(f"{path} is not the data of {workdir}:\n  " + "\n  ".join(lines))
+    return path, manifest
 
 
 def tokenizer_file(directory: Path) -> Path:
