@@ -407,7 +407,7 @@ def test_a_step_that_is_not_there_or_damaged_is_an_error(several):
 
 
 def test_a_mean_of_bfloat16_is_taken_in_float32(trained, tmp_path):
-    """In bfloat16, 256 and 1 add up to 256."""
+    """In bfloat16, 256 and 1 add up to 256; the newest is the first."""
     sizes, data = SIZES | dict(param_dtype="bfloat16"), trained[0] / "data"
     config = ConfigDict({"task": "language_model", "model": sizes, "train": {}})
     about = describe(config, data)
@@ -416,7 +416,7 @@ def test_a_mean_of_bfloat16_is_taken_in_float32(trained, tmp_path):
     model = build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
     params = nnx.as_pure(nnx.state(model))
     with Checkpoints(run / "checkpoints", run=about) as checkpoints:
-        for step, value in enumerate((256, 1, 1)):
+        for step, value in enumerate((1, 1, 256)):
             full = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), params)
             checkpoints.save(TrainState(jnp.int32(step), full, full))
     for x in jax.tree.leaves(workdir.load_run(run, average=3).params):
