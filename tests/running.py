@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -88,9 +89,14 @@ def behind(setup: str) -> str:
 
 
 def train_args(directory: Path, workdir: str, *overrides: str) -> list[str]:
+    tiny = TINY
+    if any(override.startswith("--config.init_from=") for override in overrides):
+        # Whose model it is.
+        own = re.compile(r"--config\.(model\.(?!dtype)|data\.vocab_size)")
+        tiny = [arg for arg in TINY if not own.match(arg)]
     return [
         ROOT / "train.py",
-        *TINY,
+        *tiny,
         f"--config.data.path={directory}",
         f"--workdir={workdir}",
         *overrides,

@@ -85,13 +85,14 @@ def refuse_idle(values: flags.FlagValues, jobs: Iterable[tuple[Any, str, str]]) 
 
     Args:
       values: of the flags.
-      jobs: whether a job is asked for; what to say if not; names of the flags that are its own.
+      jobs: whether a job is asked for; what to say if not; names of the flags that are its own,
+        of which a command need not have all.
 
     Raises:
       ValueError: a flag is given whose job is not asked for.
     """
     for is_asked, otherwise, names in jobs:
-        idle = [f"--{name}" for name in names.split() if values[name].present]
+        idle = [f"--{name}" for name in names.split() if name in values and values[name].present]
         if idle and not is_asked:
             raise ValueError(f"{', '.join(idle)}: of no effect {otherwise}")
 

@@ -24,8 +24,15 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from mqa_jax.cli.arguments import define_model, refuse_idle
-from mqa_jax.cli.pretrained import DTYPES, Source, source_of, source_of_run
+from mqa_jax.cli.arguments import refuse_idle
+from mqa_jax.cli.source import (
+    Source,
+    check_source,
+    define_source,
+    source_of,
+    source_of_run,
+    step_of,
+)
 from mqa_jax.convert import convert_heads, input_moments, kv_heads, wanted_kv_heads
 from mqa_jax.convert.calibrate import batches_of
 from mqa_jax.convert.merges import DEFAULT, MERGES, Random
@@ -54,9 +61,7 @@ def define(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
-    string("workdir", None, "the --workdir of a training run")
-    define_model(values, "converts it")
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "for --model: of its weights", flag_values=values)
+    define_source(values, "converts it")
     string("output", None, "a new directory for the converted model")
     integer("num_kv_heads", None, "of the decoder's self-attention; 1 is multi-query")
     integer("encoder_kv_heads", None, "of the encoder; by default as many as it has")
@@ -87,8 +92,7 @@ def check(args: flags.FlagValues) -> Model:
     Returns:
       the model that is to be converted, with shapes in place of weights.
     """
-    if (args.workdir is None) == (args.model is None):
-        raise ValueError("give --workdir, of a run, or --model, of the hub, to convert")
+    check_source(args, "to convert")
     if args.output is None and not args.report:
         raise ValueError("give --output, a new directory, or --report, to see what it would be")
     if args.num_kv_heads is None:
@@ -96,7 +100,6 @@ def check(args: flags.FlagValues) -> Model:
     refuse_idle(
         args,
         [
-            (args.model, "without --model", "dtype"),
             (args.merge == "random", "without --merge=random", "seed"),
             (args.report, "without --report", "input reference context"),
             (args.report or args.calibrate, "without --report or --calibrate", "batch_size"),
@@ -191,7 +194,9 @@ def abstract_model(args: flags.FlagValues) -> Model:
 
     from mqa_jax.hub import read_config
 
-    task, sizes = read_config(local_path("--model", args.model), dtype=args.dtype)
+    task, sizes = read_config(
+        local_path("--model", args.model), dtype=args.dtype, max_length=args.max_length
+    )
     return nnx.eval_shape(lambda: MODELS[task](sizes, rngs=nnx.Rngs(0)))
 
 
@@ -199,7 +204,8 @@ def load_run(args: flags.FlagValues) -> tuple[Any, Source]:
     """The `Run` of --workdir."""
     from mqa_jax.train import workdir as workdirs
 
-    run = workdirs.load_run(local_path("--workdir", args.workdir))
+    workdir = local_path("--workdir", args.workdir)
+    run = workdirs.load_run(workdir, step=step_of(args), average=args.average)
     model = nnx.merge(nnx.graphdef(run.model), run.params)
     return run, dataclasses.replace(source_of_run(run), model=model)
 
@@ -209,7 +215,7 @@ def load_hub(args: flags.FlagValues, needs_text: bool) -> tuple[Any, Source]:
     from mqa_jax import hub
 
     directory = local_path("--model", args.model)
-    pretrained = hub.load(directory, dtype=args.dtype)
+    pretrained = hub.load(directory, dtype=args.dtype, max_length=args.max_length)
     if needs_text:
         return pretrained, source_of(pretrained, directory)
     none: Any = None

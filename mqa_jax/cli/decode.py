@@ -23,39 +23,29 @@ has the flags of `mqa-jax benchmark`, which measures what decoding costs.
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 from flax import nnx
 
-from mqa_jax.cli.arguments import define_model, refuse_idle
-from mqa_jax.cli.pretrained import (
-    DTYPES,
-    Source,
-    load_pretrained,
-    source_of_run,
-    take_defaults,
+from mqa_jax.cli.arguments import refuse_idle
+from mqa_jax.cli.searching import (
+    BEAM_FLAGS,
+    build_search,
+    check_beams,
+    check_search,
+    define_search,
 )
+from mqa_jax.cli.source import check_source, define_source, load_source
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
-from mqa_jax.decode.beam import TRANSFORMERS, BeamRules, beam_search
-from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import ON_LONG, LineDecoder, LineStats
-from mqa_jax.decode.prompts import Search
-from mqa_jax.decode.rules import MinNewTokens, NoRepeatNgram, RepetitionPenalty
-from mqa_jax.decode.search import greedy, sample
-
-BEAM_RULES = {"paper": BeamRules(), "transformers": TRANSFORMERS}
-BEAM_FLAGS = "alpha beam_rules early_stopping n_best"
-EARLY_STOPPING: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
 
 # What has no effect on what is only scored.
 SEARCH_FLAGS = (
@@ -70,11 +60,8 @@ def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
-    string("workdir", None, "the --workdir of a training run")
-    define_model(values, "decodes with it")
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "for --model", flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-    integer("max_length", None, "for --model: positions, in place of its own; a T5 has 512 else")
+    define_source(values, "decodes with it")
     string("input", "-", "a text, .gz perhaps, to decode line by line; - is standard input")
     string("output", "-", "where the lines go; - is standard output")
     string("reference", None, "the right lines: tells BLEU, or what --score is of")
@@ -93,33 +80,8 @@ def define(values: flags.FlagValues) -> None:
         "split at sentences or words, translate the parts and join them",
         flag_values=values,
     )
-    integer("batch_size", 64, "lines decoded at once")
-    integer(
-        "max_new_tokens", None, "at most that many tokens a line; by default 50 more than it has"
-    )
-    integer("beam_size", 1, "above 1: beam search")
-    number("alpha", 0.6, "length penalty of the beam search: its exponent")
-    flags.DEFINE_enum(
-        "beam_rules",
-        "paper",
-        [*BEAM_RULES],
-        "how the beam search compares hypotheses: as the paper's authors do, or as transformers "
-        "does (--alpha is its length_penalty then)",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "early_stopping",
-        None,
-        [*EARLY_STOPPING],
-        "when a beam search is over: true, with as many ends as beams; false, when the best live "
-        "hypothesis, ended where it stands, would not do; never, when no ending of it could; by "
-        "default as --beam_rules has it",
-        flag_values=values,
-    )
+    define_search(values)
     integer("n_best", None, "of the beam search: that many outputs a line, with their scores")
-    number("repetition_penalty", None, "above 1: what has been said becomes less likely")
-    integer("no_repeat_ngram", None, "no so many tokens in a row twice")
-    integer("min_new_tokens", None, "at least that many tokens a line, its end not counted")
     flags.DEFINE_multi_string(
         "stop",
         [],
@@ -136,13 +98,7 @@ def define(values: flags.FlagValues) -> None:
 
 def check(args: flags.FlagValues) -> None:
     """Raises a ValueError, before anything is loaded, for flags that make no sense."""
-    if args.workdir is not None and args.model is not None:
-        raise ValueError("--workdir, of a run, and --model, of the hub, exclude each other")
-    if args.workdir is None and args.model is None:
-        raise ValueError(
-            "give --workdir, of a training run, or --model, of the hub, to decode with, or "
-            "--benchmark, to measure"
-        )
+    check_source(args, "to decode with, or --benchmark, to measure")
     if args.sample and args.beam_size > 1:
         raise ValueError("--sample and --beam_size exclude each other")
     refuse_idle(
@@ -150,23 +106,18 @@ def check(args: flags.FlagValues) -> None:
         [
             (not args.score, "with --score", SEARCH_FLAGS),
             (args.sample, "without --sample", "temperature top_k top_p min_p seed"),
-            (args.model, "without --model", "dtype max_length"),
         ],
     )
     if args.score and args.reference is None:
         raise ValueError("--score needs --reference, the lines to score")
-    least_of = dict(batch_size=1, max_new_tokens=1, beam_size=1, top_k=1, seed=0)
-    least_of |= dict(n_best=1, no_repeat_ngram=1, min_new_tokens=0, max_length=1)
-    for name, least in least_of.items():
+    check_search(args)
+    for name, least in dict(n_best=1, top_k=1, seed=0).items():
         if args[name].value is not None:
             check_integer(f"--{name}", args[name].value, least=least, most=2**31 - 1)
-    check_number("--alpha", args.alpha)
     check_number("--temperature", args.temperature, above=0)
     for name in ("top_p", "min_p"):
         if args[name].value is not None:
             check_number(f"--{name}", args[name].value, above=0, most=1)
-    if args.repetition_penalty is not None:
-        check_number("--repetition_penalty", args.repetition_penalty, above=0)
     if "" in args.stop:
         raise ValueError("--stop must be a string that is not empty")
     if args.model is None or args.sample or args["beam_size"].present:
@@ -177,16 +128,6 @@ def check(args: flags.FlagValues) -> None:
         if args.reference is not None:
             raise ValueError("--n_best and --reference exclude each other: BLEU is of one output")
     check_files(args)
-
-
-def check_beams(args: flags.FlagValues) -> None:
-    """Raises a ValueError for flags of a beam search that do not go with --beam_size."""
-    is_beam_search = args.beam_size > 1
-    refuse_idle(args, [(is_beam_search, "without a --beam_size above 1", BEAM_FLAGS)])
-    if args.n_best is not None and args.n_best > args.beam_size:
-        raise ValueError(
-            f"--n_best={args.n_best} is more than there are with --beam_size={args.beam_size}"
-        )
 
 
 def run(args: flags.FlagValues) -> None:
@@ -219,7 +160,7 @@ def run(args: flags.FlagValues) -> None:
         # Rows that are there to fill up a batch cost as much as others.
         batch_size = max(1, min(batch_size, len(lines)))
     with writing(output) as write:
-        trained = load_trained(args) if args.model is None else load_pretrained(args)
+        trained = load_source(args)
         check_beams(args)
         decoder = LineDecoder(
             trained.model,
@@ -242,17 +183,6 @@ def run(args: flags.FlagValues) -> None:
         print_stats(decoder.stats, len(lines), args.on_long)
     if references and not args.score:
         print_scores(outputs, references)
-
-
-def load_trained(args: flags.FlagValues) -> Source:
-    """The run in --workdir."""
-    from mqa_jax.train import workdir as workdirs
-
-    workdir = local_path("--workdir", args.workdir)
-    run = workdirs.load_run(workdir)
-    if (generation := getattr(run.tokenizer, "generation", None)) is not None:
-        take_defaults(args, generation, workdir)
-    return source_of_run(run)
 
 
 def answers(
@@ -334,32 +264,6 @@ def is_same(source: str | Path, output: str | Path) -> bool:
     except (OSError, ValueError, AttributeError):  # One of them is not there.
         return False
     return stat.S_ISREG(found[0].st_mode) and os.path.samestat(*found)
-
-
-def build_search(args: flags.FlagValues, trained: Source) -> Search:
-    """What the flags ask for, and the model."""
-    rules: list[Rule] = []
-    eos_id = trained.eos_ids or None
-    if args.repetition_penalty is not None:
-        rules.append(RepetitionPenalty(args.repetition_penalty))
-    if args.no_repeat_ngram is not None:
-        rules.append(NoRepeatNgram(args.no_repeat_ngram))
-    if args.min_new_tokens is not None:
-        rules.append(MinNewTokens(args.min_new_tokens, eos_id))
-    rules += trained.rules
-    options: dict[str, Any] = dict(eos_id=eos_id, rules=rules)
-    if args.sample:
-        options |= {name: args[name].value for name in ("temperature", "top_k", "top_p", "min_p")}
-        return functools.partial(sample, **options)
-    if args.beam_size > 1:
-        options |= dict(beam_size=args.beam_size, alpha=args.alpha)
-        beam_rules = BEAM_RULES[args.beam_rules]
-        if args.early_stopping is not None:
-            early_stopping = EARLY_STOPPING[args.early_stopping]
-            beam_rules = dataclasses.replace(beam_rules, early_stopping=early_stopping)
-        options |= dict(beam_rules=beam_rules)
-        return functools.partial(beam_search, **options)
-    return functools.partial(greedy, **options)
 
 
 def _count(lines: int) -> str:

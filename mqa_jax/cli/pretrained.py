@@ -1,111 +1,13 @@
-"""What --model brings: a model of the Hugging Face hub, and the defaults of its directory."""
+"""How a directory of the Hugging Face hub wants its model to be decoded."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from flax import nnx
 
-from mqa_jax.core.extras import require
-from mqa_jax.core.paths import local_path
 from mqa_jax.decode.history import Rule
-from mqa_jax.decode.lines import Tokenizer
-from mqa_jax.decode.rules import Forbid, ForceFirst, ForceLast, Normalize, only_text
-from mqa_jax.model.transformer import Model
-
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What lines are decoded with.
-
-    Attributes:
-      model: its structure.
-      params: its weights.
-      tokenizer: of its text.
-      bos_id: what a target begins with, and, where `has_bos`, a language model's prompt.
-      eos_ids: what ends a text.
-      has_bos: as for `LineDecoder`.
-      rules: on logits, that the model asks for.
-    """
-
-    model: Model
-    params: Any
-    tokenizer: Tokenizer
-    bos_id: int
-    eos_ids: tuple[int, ...]
-    has_bos: bool = True
-    rules: tuple[Rule, ...] = ()
-
-
-def load_pretrained(args: flags.FlagValues) -> Source:
-    """The model of --model. Flags that are not given become what its directory says.
-
-    Raises:
-      ValueError: as `mqa_jax.hub.load`, or it has no tokenizer.
-    """
-    require("hub", "--model")
-
-    from mqa_jax import hub
-
-    directory = local_path("--model", args.model)
-    pretrained = hub.load(directory, dtype=args.dtype, max_length=args.max_length)
-    source = source_of(pretrained, directory)
-    take_defaults(args, pretrained.generation, directory)
-    return source
-
-
-def source_of(pretrained: Any, directory: Path) -> Source:
-    """A model that `mqa_jax.hub.load` has read.
-
-    Raises:
-      ValueError: it has no tokenizer.
-    """
-    if pretrained.tokenizer is None:
-        raise ValueError(
-            f"{directory} has no tokenizer that can be read: tokenizer.json, tokenizer.model, "
-            "spiece.model, or source.spm, target.spm and vocab.json of a Marian"
-        )
-    generation, tokenizer = pretrained.generation, pretrained.tokenizer
-    start = generation.decoder_start_id
-    return Source(
-        pretrained.model,
-        nnx.state(pretrained.model),
-        tokenizer,
-        bos_id=0 if start is None else start,
-        eos_ids=generation.eos_ids or tokenizer.end_ids,
-        has_bos=False,
-        rules=(
-            *rules_of(generation),
-            *only_text(
-                tokenizer.vocab_size, pretrained.model.config.vocab_size, generation.eos_ids
-            ),
-        ),
-    )
-
-
-def source_of_run(run: Any) -> Source:
-    """A run that `mqa_jax.train.workdir.load_run` has read; one that began from a directory of the
-    hub decodes as that does."""
-    tokenizer = run.tokenizer
-    ids = tokenizer.ids
-    eos_ids: tuple[int, ...] = (ids.eos,)
-    rules: tuple[Rule, ...] = ()
-    if (generation := getattr(tokenizer, "generation", None)) is not None:
-        rules = rules_of(generation)
-        eos_ids = generation.eos_ids or eos_ids
-    return Source(
-        run.model,
-        run.params,
-        tokenizer,
-        bos_id=0 if ids.bos is None else ids.bos,
-        eos_ids=eos_ids,
-        has_bos=ids.bos is not None,
-        rules=(*rules, *only_text(tokenizer.vocab_size, run.model.config.vocab_size, eos_ids)),
-    )
+from mqa_jax.decode.rules import Forbid, ForceFirst, ForceLast, Normalize
 
 
 def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
@@ -125,7 +27,8 @@ def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
         min_new_tokens=generation.min_new_tokens,
         max_new_tokens=generation.max_new_tokens,
     )
-    if args.sample:
+    is_sampled = "sample" in args and args.sample
+    if is_sampled:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             said[name] = getattr(generation, name) or None
         # transformers' own, of a directory that has none; 0 is none indeed.
@@ -159,8 +62,8 @@ def take_defaults(args: flags.FlagValues, generation: Any, where: Path) -> None:
     unheeded = [*generation.unheeded]
     if generation.max_length and args.max_new_tokens is None:
         unheeded.append("max_length (give --max_new_tokens)")
-    if generation.do_sample and not args.sample:
-        unheeded.append("do_sample (give --sample)")
+    if generation.do_sample and not is_sampled:
+        unheeded.append("do_sample" + " (give --sample)" * ("sample" in args))
     # Counts the prompt of a language model, which differs from line to line.
     if generation.min_length and not args["min_new_tokens"].present:
         unheeded.append("min_length (give --min_new_tokens)")

@@ -4,10 +4,10 @@
 
 The same command again resumes the run where it stopped, and gives what it would have given.
 
-Exit codes: 0, all steps are done; 75, stopped by SIGTERM or SIGINT with a checkpoint of the last
-step that was done; 2, a mistake in what was asked for, and 1, any other error; both are printed. A
-signal takes effect behind the step or the evaluation under way; a second SIGINT kills at once. A
-run that is killed goes on from its newest whole checkpoint.
+Exit codes: 0, all steps are done, or --config.train.patience is at its end; 75, stopped by SIGTERM
+or SIGINT with a checkpoint of the last step that was done; 2, a mistake in what was asked for, and
+1, any other error; both are printed. A signal takes effect behind the step or the evaluation under
+way; a second SIGINT kills at once. A run that is killed goes on from its newest whole checkpoint.
 
 With several processes each gets --distributed and the same other flags, as
 `mqa_jax.train.processes.initialize` says.

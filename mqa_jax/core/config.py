@@ -43,6 +43,9 @@ def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
             # further, with its tokenizer. Of `model`, rates, dtypes and `remat` are then the
             # config's, and the rest that model's.
             init_from="",
+            # Or "continued": with the moments of that run's optimizer too. The schedule follows the
+            # new run's steps all the same.
+            init_optimizer="fresh",
             # The fields of `mqa_jax.TransformerConfig`, which says what they are.
             model=dict(
                 vocab_size=vocab_size,
@@ -121,6 +124,11 @@ def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
                 evaluate_every=5_000,
                 checkpoint_every=2_500,
                 keep_checkpoints=3,  # The newest.
+                # A figure of the validation (loss, ln_perplexity, accuracy, bleu, chrf or
+                # exact_match), whose best checkpoint is kept, too; and after how many evaluations
+                # in a row without a better one the run ends. "" and 0: neither.
+                best="",
+                patience=0,
                 max_skipped_steps=10,  # So many in a row that are not finite end the run.
             ),
             # Of the validation split: how many lines are translated for BLEU, 0 for none (and

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,26 @@ class ShardingRules:
             return variable.replace(self.sharding(mesh, axes, shape))
 
         return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def by_rows(function: Callable[..., Any], rows: NamedSharding | None) -> Callable[..., Any]:
+    """A function of weights, and of two trees of rows, that each device does for its rows alone.
+
+    For what depends on no other row: no device waits for another within.
+
+    Args:
+      rows: how they are split; the weights are on all devices of its mesh. The function itself when
+        None.
+    """
+    if rows is None:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=rows.mesh,
+        in_specs=(PartitionSpec(), rows.spec, rows.spec),
+        out_specs=rows.spec,
+        check_vma=False,
+    )
 
 
 def make_mesh(

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.devices import loop_options
+from mqa_jax.core.sharding import by_rows
 from mqa_jax.decode.arguments import check_token, keys_of
 from mqa_jax.decode.batches import Batch, Batcher, Prompt
 from mqa_jax.decode.prompts import Search, generate, score
@@ -62,6 +64,8 @@ class Generator:
       stop: strings that end an answer as its end-of-sentence does. Its tokens go up to the one that
         completes the string; what `Decoded` holds behind `length` is of no meaning then. Greedy
         decoding and sampling are over when all rows are, beam search is cut short behind its end.
+      rows: how the rows of a batch are split over devices, on all of which the weights must be; for
+        whole answers, not for streams and `stop`. As jax places them when None.
 
     Attributes:
       stats: what has been decoded, and how long it took.
@@ -81,6 +85,7 @@ class Generator:
         bos_id: int,
         max_new_tokens: int | None = None,
         stop: Stop | None = None,
+        rows: NamedSharding | None = None,
     ):
         if not isinstance(model, nnx.Module):
             raise ValueError(
@@ -89,6 +94,11 @@ class Generator:
             )
         if stop is not None and not isinstance(stop, Stop):
             raise ValueError(f"stop must be Stop(strings, tokenizer.decode), not {stop!r}")
+        if rows is not None and stop is not None:
+            raise ValueError(
+                "strings that end an answer are for rows on one device: leave out rows"
+            )
+        self._rows = rows
         self._takes_keys, self._needs_keys = keys_of(search)
         check_token("bos_id", bos_id, model.config.vocab_size)
         self._batcher = Batcher(
@@ -112,20 +122,28 @@ class Generator:
         def run(
             params: nnx.State, given: dict[str, Any], keys_B: Array | None, limit: int
         ) -> Decoded:
-            options: dict[str, Any] = {} if keys_B is None else {"key": keys_B}
-            decoded = generate(
-                nnx.merge(graphdef, cast(params)),
-                **given,
-                search=search,
-                max_new_tokens=limit,
-                bos_id=bos_id,
-                **options,
-            )
-            return dataclasses.replace(decoded, cache=None)
+            def decode(params: nnx.State, given: dict[str, Any], keys_B: Array | None) -> Decoded:
+                options: dict[str, Any] = {} if keys_B is None else {"key": keys_B}
+                decoded = generate(
+                    nnx.merge(graphdef, cast(params)),
+                    **given,
+                    search=search,
+                    max_new_tokens=limit,
+                    bos_id=bos_id,
+                    **options,
+                )
+                # The steps as an array, since parts of a batch end by themselves.
+                return dataclasses.replace(decoded, cache=None, steps=decoded.steps[None])
+
+            decoded = by_rows(decode, rows)(params, given, keys_B)
+            return dataclasses.replace(decoded, steps=decoded.steps.max())
 
         @jax.jit
         def run_score(params: nnx.State, given: dict[str, Any]) -> Array:
-            return score(nnx.merge(graphdef, cast(params)), **given, bos_id=bos_id)
+            def score_rows(params: nnx.State, given: dict[str, Any], _: None) -> Array:
+                return score(nnx.merge(graphdef, cast(params)), **given, bos_id=bos_id)
+
+            return by_rows(score_rows, rows)(params, given, None)
 
         self._run, self._run_score, self._cast = run, run_score, jax.jit(cast)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
@@ -279,6 +297,8 @@ class Generator:
         Rows end at strings, too, and those that only fill up the batch at once.
         """
         self._check_params(params)
+        if self._rows is not None:
+            raise ValueError("streams are for rows on one device: leave out rows")
         if every not in self._parts:
             self._parts[every] = Parts(self._graphdef, self._search, self._bos_id, every)
         parts, start = self._parts[every], time.perf_counter()
@@ -371,12 +391,13 @@ class Generator:
         self._check_params(params)
         key = (run, batch.shape, kinds(params, batch.keys))
         start = time.perf_counter()
+        given = batch.given if self._rows is None else jax.device_put(batch.given, self._rows)
         if key not in self._compiled:
-            lowered = run.lower(params, batch.given, **options)
+            lowered = run.lower(params, given, **options)
             self._compiled[key] = lowered.compile(loop_options())
         options.pop("limit", None)
         compiled = time.perf_counter()
-        result = jax.device_get(self._compiled[key](params, batch.given, **options))
+        result = jax.device_get(self._compiled[key](params, given, **options))
         self.stats.compile_seconds += compiled - start
         self.stats.decode_seconds += time.perf_counter() - compiled
         return result

@@ -1,5 +1,6 @@
 """Training: `optimizer`, `state`, `step` and `setup` make the jitted update; `loop` runs it, with
-`config`, `evaluate`, `checkpoint`, `meter`, `metrics`, `diagnose`, `processes` and `workdir`."""
+`config`, `evaluate`, `checkpoint`, `meter`, `metrics`, `diagnose`, `processes`, `progress`,
+`npz` and `workdir`."""
 
 from mqa_jax.core.extras import require
 

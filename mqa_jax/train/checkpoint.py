@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -112,11 +112,14 @@ class Checkpoints:
                 raise
             logging.error("%s", second)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, spared: Collection[int] = ()) -> None:
         """Starts to write `state`; returns when it has been copied to the host.
 
         Does nothing if `state` is what was saved or restored last. Waits until the save before is
         done: one at a time takes memory of the host.
+
+        Args:
+          spared: steps whose checkpoints stay, besides the newest.
 
         Raises:
           SaveError: this save, or the one before, failed.
@@ -146,9 +149,9 @@ class Checkpoints:
             raise self._failure(step, error) from None
         self._here, self._read = step, None
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), items)
-        self._saving = step, self._pool.submit(self._finish, step, shapes, sums)
+        self._saving = step, self._pool.submit(self._finish, step, shapes, sums, spared)
 
-    def _finish(self, step: int, shapes: dict, sums: dict) -> None:
+    def _finish(self, step: int, shapes: dict, sums: dict, spared: Collection[int]) -> None:
         """In the background: signs what Orbax has written, and lets go of the oldest."""
         self._checkpointer.wait_until_finished()
         if jax.process_index() != 0:
@@ -162,8 +165,8 @@ class Checkpoints:
         (unsigned / MANIFEST).write_text(json.dumps(_hashes(unsigned), indent=2))
         unsigned.rename(self._plain / str(step))
         # Not newer ones, of which nothing is known: this one is whole.
-        older = [old for old in self._steps() if old <= step]
-        for old in older[self._keep :]:
+        older = [old for old in steps_in(self._directory) if old <= step]
+        for old in set(older[self._keep :]) - set(spared):
             try:
                 shutil.rmtree(self._directory / str(old))
             except OSError as error:
@@ -193,7 +196,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's; whether it is still whole, only reading it tells."""
-        return max(self._steps(), default=None)
+        return max(steps_in(self._directory), default=None)
 
     def whole_step(self) -> int:
         """The newest whole checkpoint's, all of whose files are read for it.
@@ -212,14 +215,24 @@ class Checkpoints:
         Newer ones that are damaged are named in the log, and renamed.
 
         Raises:
-          ValueError: there is no checkpoint, or none that is whole.
+          ValueError: there is no checkpoint, or none that is whole; or it has weights alone.
         """
-        step = self._here = self.whole_step()
+        restored = self.read(state)
         for damaged in self._damaged:
             aside = self._directory / f"{damaged}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(damaged)).rename(aside)
-        self._read, self._damaged = None, []
+        self._here, self._damaged = int(restored.step), []
+        return restored
+
+    def read(self, state: TrainState) -> TrainState:
+        """As `restore`, of another run's checkpoints: they are left as they are."""
+        step = self.whole_step()
+        self._read = None
+        if not has_optimizer(self._directory, step):
+            raise ValueError(
+                f"checkpoint {step} in {self._directory} has no optimizer to go on with"
+            )
         restored = self._checkpointer.restore(
             self._plain / str(step),
             args=ocp.args.Composite(
@@ -233,30 +246,34 @@ class Checkpoints:
             _like(state.opt_state, restored.optimizer),
         )
 
-    def restore_params(self, params: Any) -> Any:
-        """The weights of the newest whole checkpoint; `params` may hold shapes instead of arrays.
+    def restore_params(self, params: Any, step: int | None = None) -> Any:
+        """The weights of a checkpoint; `params` may hold shapes instead of arrays.
 
         A weight goes where its place in `params` says, and else, as for shapes without a sharding,
         to the first device: wherever the run that saved it had it.
 
+        Args:
+          step: of the checkpoint; the newest whole one when None.
+
         Raises:
-          ValueError: there is no checkpoint, or none that is whole.
+          ValueError: there is no such checkpoint, or it is not whole.
         """
-        step = self.whole_step()
-        self._read = None
+        if self._read is None or step not in (None, self._read):
+            self._find(step)
+        step, self._read = self._read, None
         args = ocp.args.StandardRestore(_by_path(_abstract(params)))
         restored = self._checkpointer.restore(
             self._plain / str(step), args=ocp.args.Composite(params=args)
         )
         return _like(params, restored.params)
 
-    def run(self) -> dict[str, Any]:
-        """What the run said of itself in the newest whole checkpoint; nothing before version 0.2.
+    def run(self, step: int | None = None) -> dict[str, Any]:
+        """What the run said of itself in a checkpoint; nothing before version 0.2.
 
-        Raises:
-          ValueError: as `whole_step`.
+        A `restore` or `restore_params` behind it is of the same one, and does not check it again.
+        Arguments and errors are those of `restore_params`.
         """
-        path = self._directory / str(self.whole_step()) / RUN
+        path = self._directory / str(self._find(step)) / RUN
         return read_json(path) if path.exists() else {}
 
     def close(self) -> None:
@@ -269,30 +286,25 @@ class Checkpoints:
             if self._link:
                 self._link.cleanup()
 
-    def _folders(self, name: re.Pattern[str]) -> list[Path]:
-        """The directories in ours whose name is of that kind."""
-        if not self._directory.is_dir():
-            return []
-        return [
-            path
-            for path in sorted(self._directory.iterdir())
-            if name.fullmatch(path.name) and path.is_dir()
-        ]
-
     def _unfinished(self) -> list[Path]:
-        return [path for path in self._folders(_UNSIGNED) if not path.is_symlink()]
+        return [path for path in _folders(self._directory, _UNSIGNED) if not path.is_symlink()]
 
-    def _steps(self) -> list[int]:
-        """The newest first."""
-        return sorted(
-            (
-                int(path.name)
-                for path in self._folders(_SIGNED)
-                # Another's folder may have a number for a name.
-                if (path / MANIFEST).exists() or (path / "params").exists()
-            ),
-            reverse=True,
-        )
+    def _find(self, step: int | None) -> int:
+        """A checkpoint that is whole, which may be read once without another look at its files."""
+        if step is None:
+            return self._read_newest()
+        if step not in (there := steps_in(self._directory)):
+            raise ValueError(
+                f"no checkpoint of step {step} in {self._directory}; there are those of steps "
+                f"{', '.join(map(str, there)) or 'none'}"
+            )
+        if bad := _damage(self._directory / str(step)):
+            raise ValueError(
+                f"checkpoint {self._directory / str(step)} is damaged: files {bad} are not what "
+                "was written. Put them back, or name another --step"
+            )
+        self._read, self._damaged = step, []
+        return step
 
     def _read_newest(self) -> int:
         """The newest that is whole, which may be read once without another look at its files."""
@@ -302,7 +314,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for unsigned in self._unfinished():
                 logging.warning("%s was never finished, and is not used", unsigned)
-            for found in self._steps():
+            for found in steps_in(self._directory):
                 bad = _damage(self._directory / str(found))
                 if not bad:
                     step = found
@@ -325,6 +337,33 @@ class Checkpoints:
             )
         self._read, self._damaged = step, list(damaged)
         return step
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Those of the checkpoints in a directory, which need not be there; the newest first."""
+    return sorted(
+        (
+            int(path.name)
+            for path in _folders(directory, _SIGNED)
+            # Another's folder may have a number for a name.
+            if (path / MANIFEST).exists() or (path / "params").exists()
+        ),
+        reverse=True,
+    )
+
+
+def has_optimizer(directory: Path, step: int) -> bool:
+    """Whether a checkpoint has the state of one beside the weights."""
+    return (directory / str(step) / "optimizer").is_dir()
+
+
+def _folders(directory: Path, name: re.Pattern[str]) -> list[Path]:
+    """The directories in one whose name is of that kind."""
+    if not directory.is_dir():
+        return []
+    return [
+        path for path in sorted(directory.iterdir()) if name.fullmatch(path.name) and path.is_dir()
+    ]
 
 
 @jax.jit

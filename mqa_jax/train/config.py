@@ -13,10 +13,13 @@ from mqa_jax.core.sharding import ShardingRules
 from mqa_jax.data import request
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import MODELS
+from mqa_jax.train.metrics import DECODED
 from mqa_jax.train.optimizer import OPTIMIZERS
+from mqa_jax.train.progress import FIGURES
 from mqa_jax.train.state import MAX_SEED
 
 DTYPES = ("float32", "bfloat16", "float16")
+INIT_OPTIMIZERS = ("fresh", "continued")
 
 
 def check_config(config: ConfigDict, mesh: Mapping[str, int] | None = None) -> None:
@@ -54,7 +57,7 @@ def _unknown_and_missing(config: ConfigDict) -> Iterator[str]:
         f"model.{field.name}"
         for field in dataclasses.fields(TransformerConfig)
         if field.default is not dataclasses.MISSING
-    }
+    } | {"init_from", "init_optimizer"}
     yield from _compared("", base, config, optional)
 
 
@@ -70,7 +73,7 @@ def _compared(name: str, base: Any, found: Any, optional: set[str]) -> Iterator[
     for key in sorted(set(found) - set(base)):
         yield f"--config.{dot}{key} is unknown; there are {', '.join(sorted(base))}"
     for key in sorted(set(base) - set(found)):
-        if f"{dot}{key}" not in optional and key != "init_from":
+        if f"{dot}{key}" not in optional:
             yield (
                 f"--config.{dot}{key} is missing: an older config, perhaps; it is {base[key]!r} "
                 "where a config file says nothing"
@@ -95,7 +98,7 @@ _INTEGERS: dict[str, dict[str, int]] = {
     **dict.fromkeys(
         [
             *("train.hold_steps", "train.warmup_steps", "train.decay_steps"),
-            "evaluate.lines",
+            *("train.patience", "evaluate.lines"),
         ],
         {"least": 0},
     ),
@@ -114,10 +117,12 @@ _NUMBERS: dict[str, dict[str, float]] = {
 }
 _CHOICES: dict[str, Sequence[Any]] = {
     "task": tuple(MODELS),
+    "init_optimizer": INIT_OPTIMIZERS,
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "model.remat": (False, True),
     "train.optimizer": OPTIMIZERS,
+    "train.best": ("", *FIGURES),
 }
 
 
@@ -127,6 +132,7 @@ def _problems(config: ConfigDict, mesh: Mapping[str, int] | None) -> Iterator[st
     yield from problems
     if not problems:
         yield from _problems_between_fields(config)
+        yield from _problems_of_the_best(config)
         if mesh is not None:
             yield from _problems_with_a_mesh(config, mesh)
 
@@ -151,9 +157,10 @@ def _problems_of_fields(config: ConfigDict) -> Iterator[str]:
                 yield str(error)
     for name, choices in _CHOICES.items():
         section, _, field = name.rpartition(".")
-        value = _get(config, section).get(field, choices[0]) if section else config[field]
+        value = (_get(config, section) if section else config).get(field, choices[0])
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            yield f"--config.{name} is none of {', '.join(map(str, choices))}: {value!r}"
+            named = ", ".join(str(choice) or "''" for choice in choices)
+            yield f"--config.{name} is none of {named}: {value!r}"
     yield from request.problems(config.data)
     if any(config.mesh[axis] == 0 for axis in config.mesh):
         yield f"--config.mesh has an axis of 0 devices: {config.mesh.to_dict()}"
@@ -169,6 +176,11 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
         yield f"--config.model.{error}"  # It begins with the field.
     if model.get("block") == "parallel" and config.task == "translation":
         yield "--config.model.block parallel leaves no place for what a translation attends to"
+    if config.get("init_optimizer") == "continued" and not config.get("init_from"):
+        yield (
+            "--config.init_optimizer continued without --config.init_from: name the workdir of the "
+            "run whose optimizer it is"
+        )
     larger = "raise --config.model.max_length"
     if config.get("init_from"):
         larger = "begin from a model that has more"
@@ -188,6 +200,27 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
         yield (
             f"--config.task {config.task!r} with --config.data.source {data.source!r}: a "
             "translation has a source, a language model an empty one, and source_length 0"
+        )
+
+
+def _problems_of_the_best(config: ConfigDict) -> Iterator[str]:
+    settings = config.train
+    if settings.patience and not settings.best:
+        yield (
+            f"--config.train.patience {settings.patience} without --config.train.best: name the "
+            f"figure that is to get better, one of {', '.join(FIGURES)}"
+        )
+    if settings.best and settings.evaluate_every % settings.checkpoint_every:
+        yield (
+            f"--config.train.best {settings.best!r} needs a checkpoint of each evaluation: make "
+            f"--config.train.evaluate_every, {settings.evaluate_every:,}, a multiple of "
+            f"--config.train.checkpoint_every, {settings.checkpoint_every:,}"
+        )
+    is_decoded = config.task == "translation" and config.evaluate.lines
+    if settings.best in DECODED and not is_decoded:
+        yield (
+            f"--config.train.best {settings.best!r} is of what is translated: set "
+            "--config.evaluate.lines, of a translation, or choose loss"
         )
 
 

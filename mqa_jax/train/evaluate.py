@@ -1,12 +1,13 @@
-"""The figures of the validation split."""
+"""The figures of the validation split, and what figures of any text are made of."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -18,14 +19,63 @@ from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.rules import only_text
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model
-from mqa_jax.train.metrics import bleu, exact_match
+from mqa_jax.train.metrics import bleu, chrf, exact_match
 from mqa_jax.train.processes import put_batch, row_share
-from mqa_jax.train.step import Metrics, make_eval_step, mean_metrics
+from mqa_jax.train.step import Batch, Metrics, make_eval_step, mean_metrics
 
 
 def add_up(sums: Sequence[Metrics]) -> dict[str, np.float64]:
     """Sums of batches, on the host, to those of all: in float64, as a split has many tokens."""
     return {name: np.sum([one[name] for one in sums], dtype=np.float64) for name in sums[0]}
+
+
+def sums_of(
+    eval_step: Callable[[nnx.State, Batch], Metrics],
+    params: nnx.State,
+    mesh: Mesh,
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> list[Metrics]:
+    """The sums of each batch, on the host, of which this process has its rows."""
+    return jax.device_get([eval_step(params, put_batch(mesh, batch)) for batch in batches])
+
+
+def translate(decoder: LineDecoder, params: nnx.State, lines: Sequence[str]) -> list[str]:
+    """What is decoded for each line, in their order; each process does its share of them.
+
+    Args:
+      params: the weights, on devices of this process.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    own = list(decoder.texts(params, lines[index::count]))
+    texts = [""] * len(lines)
+    for i, share in enumerate(_gathered(own)):
+        texts[i::count] = share
+    return texts
+
+
+def _gathered(own: Sequence[str]) -> list[list[str]]:
+    """The lines of each process, on all of them."""
+    if jax.process_count() == 1:
+        return [list(own)]
+    content = np.frombuffer("".join(f"{line}\n" for line in own).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(content.size))
+    # Arrays that are gathered are all of one shape.
+    padded = np.pad(content, (0, int(sizes.max()) - content.size))
+    shares = multihost_utils.process_allgather(padded)
+    return [
+        share[:size].tobytes().decode().split("\n")[:-1]
+        for share, size in zip(shares, sizes.tolist(), strict=True)
+    ]
+
+
+def translation_figures(
+    hypotheses: Sequence[str], references: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """`bleu`, `chrf` and `exact_match`, and what sacrebleu signs the first two with."""
+    scores = {"bleu": bleu(hypotheses, references), "chrf": chrf(hypotheses, references)}
+    figures = {name: score for name, (score, _) in scores.items()}
+    figures["exact_match"] = exact_match(hypotheses, references)
+    return figures, {name: signature for name, (_, signature) in scores.items()}
 
 
 def make_evaluate(
@@ -38,7 +88,8 @@ def make_evaluate(
 ) -> Callable[[nnx.State, Callable[[str], None]], dict[str, float]]:
     """A function of parameters to the figures of the validation split.
 
-    With several processes the first one alone decodes, with a copy of the weights of its own.
+    With several processes each decodes its share of the lines, with a copy of the weights of its
+    own; the first one alone knows the figures of that.
 
     Args:
       manifest: of the data that the run began with; the function raises a ValueError when `data` is
@@ -69,17 +120,15 @@ def make_evaluate(
     replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def evaluate(params: nnx.State, print_line: Callable[[str], None]) -> dict[str, float]:
-        sums = []
-        for batch in loader.eval_batches(
+        batches = loader.eval_batches(
             data,
             "validation",
             batch_size=settings.batch_size,
             process_index=index,
             process_count=count,
             manifest=manifest,
-        ):
-            sums.append(eval_step(params, put_batch(mesh, batch)))
-        sums = jax.device_get(sums)
+        )
+        sums = sums_of(eval_step, params, mesh, batches)
         if bad := [i for i, one in enumerate(sums) if not np.isfinite(one["loss"])]:
             row = bad[0] * settings.batch_size
             print_line(
@@ -87,14 +136,16 @@ def make_evaluate(
                 f"first of rows {row} to {row + settings.batch_size - 1}"
             )
         figures = mean_metrics(add_up(sums))
-        if sources and jax.process_count() > 1:
-            params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
-        if sources and jax.process_index() == 0:
-            hypotheses = list(decoder.texts(params, sources))
-            figures["bleu"], signature = bleu(hypotheses, references)
-            figures["exact_match"] = exact_match(hypotheses, references)
-            print_line(f"  {sources[0]}  ->  {hypotheses[0]}  (reference: {references[0]})")
-            print_line(f"  BLEU signature {signature}")
+        if sources:
+            if jax.process_count() > 1:
+                params = jax.tree.map(lambda x: x.addressable_data(0), replicate(params))
+            hypotheses = translate(decoder, params, sources)
+            if jax.process_index() == 0:
+                found, signatures = translation_figures(hypotheses, references)
+                figures |= found
+                print_line(f"  {sources[0]}  ->  {hypotheses[0]}  (reference: {references[0]})")
+                for name, signature in signatures.items():
+                    print_line(f"  {name} signature {signature}")
         return figures
 
     return evaluate

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mqa_jax.core.lock import locked
@@ -22,8 +20,9 @@ from mqa_jax.train.checkpoint import Checkpoints
 from mqa_jax.train.config import check_config, remarks
 from mqa_jax.train.evaluate import make_evaluate
 from mqa_jax.train.meter import Meter, NoLog
-from mqa_jax.train.metrics import MetricLog, read_metrics
+from mqa_jax.train.metrics import MetricLog
 from mqa_jax.train.processes import Stop, first_process_first, put_batch, row_share
+from mqa_jax.train.progress import Best, lacks_evaluation
 from mqa_jax.train.setup import diagnosis, set_up, train_flops
 from mqa_jax.train.start import find_start
 
@@ -70,6 +69,8 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     if is_resumed:
         workdirs.check_signed(path, checkpoints.run(), about)
         state = checkpoints.restore(state)
+    elif begin.continued is not None:
+        state = begin.continued(state)
     start = int(state.step)
     evaluate = make_evaluate(config, model, tokenizer, data, mesh, manifest)
 
@@ -78,10 +79,9 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         f"{parameters:,} parameters, {mesh.size} {mesh.devices.flat[0].platform} device(s), "
         f"step {start:,} to {settings.steps:,}"
     )
-    if start >= settings.steps:
-        log.print(f"nothing is left to train: decode with mqa-jax decode --workdir={path}")
-    if params is not None:
-        log.print(f"begins with the weights of {config.init_from}")
+    if not is_resumed and config.get("init_from"):
+        moments = " and the optimizer" * (begin.continued is not None)
+        log.print(f"begins with the weights{moments} of {config.init_from}")
     for remark in remarks(config):
         log.print(remark)
     index, count = row_share(mesh, settings.batch_size)
@@ -102,14 +102,18 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     most_skipped = min(settings.max_skipped_steps, settings.steps)
 
     stop, step, is_stopped, validation = Stop(), start, False, {"loss": 0.0}
-    if _lacks_evaluation(path, config, start):
+    if lacks_evaluation(path, config, start):
         validation = evaluate(state.params, log.print)
         log.write("validation", start, validation)
         meter.restart()
+    best = Best(path, config)
+    is_over = best.look(start)
+    if is_over or start >= settings.steps:
+        log.print(f"nothing is left to train: decode with mqa-jax decode --workdir={path}")
     # The metrics of a step are fetched a step late, so that the device never waits for the host:
     # but at once where something hangs on whether the step was skipped.
     waiting = None
-    while step < settings.steps and not is_stopped:
+    while step < settings.steps and not is_stopped and not is_over:
         batch = put_batch(mesh, next(batches))
         state, metrics = train_step(state, batch)
         if step == start and jax.process_index() == 0:
@@ -136,7 +140,7 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         if is_saved or is_hopeless:
             # From before the skipped steps, so that a resumed run comes to the same end.
             position = step if is_last and not is_hopeless else step - skipped
-            checkpoints.save(dataclasses.replace(state, step=jnp.int32(position)))
+            checkpoints.save(dataclasses.replace(state, step=jnp.int32(position)), best.steps)
         if is_hopeless:
             checkpoints.close()
             raise RuntimeError(
@@ -149,27 +153,19 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
             validation = evaluate(state.params, log.print)
             log.write("validation", step, validation)
             meter.restart()
+            is_over = best.look(step)
+        if is_over:  # The last step after all, under its own number though it was skipped.
+            checkpoints.save(dataclasses.replace(state, step=jnp.int32(step)), best.steps)
     checkpoints.close()
-    if step >= settings.steps and not math.isfinite(validation["loss"]):
+    if is_over:
+        log.print(f"ends at step {step:,}: {best}")
+    is_done = is_over or step >= settings.steps
+    if is_done and not math.isfinite(validation["loss"]):
         raise RuntimeError(
             f"the validation loss of the last step, {step}, is {validation['loss']}: the weights "
             "are of no use; the checkpoint is saved"
         )
-    is_done = step >= settings.steps
     if not is_done:
         log.print(f"stopped by a signal; the checkpoint of step {position:,} is saved")
     log.close()
     return 0 if is_done else STOPPED
-
-
-def _lacks_evaluation(workdir: Path, config: ConfigDict, step: int) -> bool:
-    """Whether the run ended, by a kill or a signal, between a save and the evaluation behind it."""
-    is_due = step > 0 and (step % config.train.evaluate_every == 0 or step == config.train.steps)
-    if not is_due:
-        return False
-    is_there = jax.process_index() == 0 and any(
-        record["step"] == step and math.isfinite(record.get("loss", math.nan))
-        for record in read_metrics(workdir, "validation")
-    )
-    # The first process keeps the log, and all of them evaluate or none.
-    return not multihost_utils.broadcast_one_to_all(np.bool_(is_there))

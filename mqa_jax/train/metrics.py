@@ -20,6 +20,9 @@ from mqa_jax.core.checks import check_integer
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 60
 
+# The figures of what is decoded, of all that a validation may have.
+DECODED = ("bleu", "chrf", "exact_match")
+
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
     """Corpus BLEU by sacrebleu with its defaults, and the signature that says which these are.
@@ -29,6 +32,14 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, s
     """
     _check(hypotheses, references)
     metric = sacrebleu.BLEU()
+    score = metric.corpus_score(list(hypotheses), [list(references)]).score
+    return score, str(metric.get_signature())
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """Corpus chrF by sacrebleu with its defaults, and its signature; raises as `bleu` does."""
+    _check(hypotheses, references)
+    metric = sacrebleu.CHRF()
     score = metric.corpus_score(list(hypotheses), [list(references)]).score
     return score, str(metric.get_signature())
 

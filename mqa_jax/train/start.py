@@ -5,6 +5,7 @@ tokenizer are then that one's, and the config's model says only how it is traine
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from ml_collections import ConfigDict
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path, read_json
 from mqa_jax.data.tokenizer import RowTokenizer
-from mqa_jax.train.checkpoint import Checkpoints
+from mqa_jax.train.checkpoint import Checkpoints, has_optimizer, steps_in
+from mqa_jax.train.state import TrainState
 from mqa_jax.train.workdir import CHECKPOINTS, CONFIG, load_config, load_row_tokenizer, load_run
 
 if TYPE_CHECKING:
@@ -38,11 +40,14 @@ class Start:
       config: the run's, with the model that it is of.
       tokenizer: of the text; None to train one.
       params: from the shapes and places of the weights to the weights; None to draw them.
+      continued: in place of `params`, from the state before the first step to the one with the
+        weights and the moments of a run.
     """
 
     config: ConfigDict
     tokenizer: RowTokenizer | None = None
     params: Callable[[nnx.State, Mesh], nnx.State] | None = None
+    continued: Callable[[TrainState], TrainState] | None = None
 
 
 def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
@@ -54,7 +59,8 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
         run began from need not be there any more.
 
     Raises:
-      ValueError: `init_from` is not a directory of a model, or the model is of another task.
+      ValueError: `init_from` is not a directory of a model, or the model is of another task; or
+        it has no optimizer that `init_optimizer` could continue.
     """
     if not (text := config.get("init_from", "")):
         return Start(config)
@@ -63,8 +69,7 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
     path = local_path("--config.init_from", text)
     if workdir is not None and (workdir / CONFIG).is_file():
         # Before its first checkpoint a run begins again as it began.
-        with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-            has_weights = checkpoints.latest_step() is not None
+        has_weights = bool(steps_in(workdir / CHECKPOINTS))
         path = workdir if has_weights and load_config(workdir).get("init_from") else path
     if path.is_file():
         raise ValueError(f"--config.init_from {text!r} is a file: give the directory that it is in")
@@ -89,16 +94,25 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
     fields = config.to_dict()
     fields["model"] = model | {name: config.model[name] for name in OWN_FIELDS}
     fields["data"]["vocab_size"] = model["vocab_size"]
+    if config.get("init_optimizer") == "continued" and path != workdir:
+        _check_optimizer(path, is_run, config)
+        return Start(ConfigDict(fields), tokenizer, continued=functools.partial(_continued, path))
     return Start(ConfigDict(fields), tokenizer, params)
 
 
-def pretrained(workdir: str | Path) -> "Pretrained":
+def pretrained(
+    workdir: str | Path, *, step: int | str | None = None, average: int = 1
+) -> "Pretrained":
     """A run that began from a directory of the hub, as `mqa_jax.hub.save` writes it back.
+
+    Args:
+      step: as for `load_run`.
+      average: likewise.
 
     Raises:
       ValueError: it did not, or as `load_run`.
     """
-    run = load_run(workdir)
+    run = load_run(workdir, step=step, average=average)
     require("hub", "a directory of the hub")
 
     from mqa_jax.hub import Pretrained
@@ -111,6 +125,29 @@ def pretrained(workdir: str | Path) -> "Pretrained":
         )
     model = nnx.merge(nnx.graphdef(run.model), run.params)
     return Pretrained(model, tokenizer.tokenizer, tokenizer.generation, tokenizer.family)
+
+
+def _check_optimizer(path: Path, is_run: bool, config: ConfigDict) -> None:
+    """Raises a ValueError if there is no optimizer that goes on as the config's."""
+    checkpoints, asked = path / CHECKPOINTS, config.train.optimizer
+    newest = steps_in(checkpoints)[:1]
+    if not is_run or not all(has_optimizer(checkpoints, step) for step in newest):
+        what = "is a model of the hub" if not is_run else "has weights alone"
+        reason = f"{path} {what}, without an optimizer"
+    elif (found := load_config(path).train.optimizer) != asked:
+        reason = f"{path} was trained with {found!r}, and --config.train.optimizer is {asked!r}"
+    else:
+        return
+    raise ValueError(
+        f"--config.init_optimizer continued: {reason}; --config.init_optimizer=fresh begins with "
+        "the weights alone"
+    )
+
+
+def _continued(path: Path, state: TrainState) -> TrainState:
+    """The step stays: from it the schedule follows, see `mqa_jax.train.optimizer.at_step`."""
+    with Checkpoints(path / CHECKPOINTS) as checkpoints:
+        return dataclasses.replace(checkpoints.read(state), step=state.step)
 
 
 def _of_run(path: Path) -> tuple[str, dict[str, Any], RowTokenizer, Any]:

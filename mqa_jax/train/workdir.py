@@ -17,29 +17,35 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mqa_jax.core.checks import check_integer
 from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path, read_json
-from mqa_jax.data.manifest import HUB_TOKENIZER, TOKENIZER, Manifest
+from mqa_jax.data.manifest import HUB_TOKENIZER, MANIFEST, TOKENIZER, Manifest
+from mqa_jax.data.request import directory_of
 from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import Model, build_model
-from mqa_jax.train.checkpoint import RUN, Checkpoints
+from mqa_jax.train.checkpoint import RUN, Checkpoints, steps_in
+from mqa_jax.train.optimizer import wide
 
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 CONVERTED = "converted"  # In the config of a converted run: how it was made.
 
-# These fields of a config, and all below them, decide nothing about the weights (the mesh: nothing
-# but rounding), so a run goes on with others. What the data is, its manifest says.
+# These fields of a config, and all below them, decide nothing about the weights of a step that was
+# done (the mesh: nothing but rounding), so a run goes on with others. What the data is, its
+# manifest says.
 FREE = (
     "mesh",
     "data.dir",
@@ -49,8 +55,11 @@ FREE = (
     "train.checkpoint_every",
     "train.evaluate_every",
     "train.keep_checkpoints",
+    "train.best",
+    "train.patience",
     "train.log_every",
     "train.max_skipped_steps",
+    "train.steps",
     "evaluate",
 )
 
@@ -64,8 +73,8 @@ class Run(NamedTuple):
       config: the resolved config.
       tokenizer: of its data.
       model: its structure, with shapes in place of weights.
-      params: the weights of the newest whole checkpoint, on the first device.
-      step: that checkpoint's.
+      params: the weights, on the first device.
+      step: of their checkpoint, the newest of those that they are the mean of.
       data: what it says of its data, as `describe` has it; version 0.1 has only the tokenizer.
     """
 
@@ -77,30 +86,82 @@ class Run(NamedTuple):
     data: Mapping[str, Any]
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, *, step: int | str | None = None, average: int = 1) -> Run:
     """The run in `workdir`, whatever devices it was trained on.
 
+    Args:
+      step: of the checkpoint whose weights they are; "best" for that of the best evaluation by
+        `config.train.best`; the newest whole one when None.
+      average: above 1: the mean of the weights, taken in float32, of so many checkpoints, the
+        newest or those up to `step`.
+
     Raises:
-      ValueError: there is none, or a file is not what the run had: the message names it.
+      ValueError: there is no run, no such checkpoint or not as many, or a file is not what the run
+        had: the message names it.
       OSError: a file is missing or cannot be read.
     """
     path = local_path("--workdir", workdir)
     config, file = load_config(path), tokenizer_file(path)
+    steps, total, at = _steps(path, config, step, average), None, 0
+    data = tokenizer = _data_of(file)
     with Checkpoints(path / CHECKPOINTS) as checkpoints:
-        data = _data_of(file)
-        # Nothing before version 0.2.
-        if signed := checkpoints.run():
-            found = {"config": json.loads(config.to_json()), "data": data}
-            data = signed["data"]
-            signed["data"] = {"tokenizer_sha256": data["tokenizer_sha256"]}
-            check_signed(path, signed, found)
-        tokenizer = load_row_tokenizer(path)
-        model = nnx.eval_shape(
-            lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+        for one in steps:
+            # Nothing before version 0.2.
+            if signed := checkpoints.run(one):
+                data = signed["data"]
+                signed["data"] = {"tokenizer_sha256": data["tokenizer_sha256"]}
+                found = {"config": json.loads(config.to_json()), "data": tokenizer}
+                check_signed(path, signed, found)
+            at = max(at, checkpoints.whole_step())
+            model = nnx.eval_shape(
+                lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+            )
+            params = checkpoints.restore_params(nnx.state(model), one)
+            wider = jax.tree.map(lambda x: x.astype(wide(x)), params)
+            total = wider if total is None else jax.tree.map(jnp.add, total, wider)
+    if average > 1:
+        params = jax.tree.map(lambda x, like: (x / average).astype(like.dtype), total, params)
+    return Run(config, load_row_tokenizer(path), model, params, at, data)
+
+
+def _steps(
+    workdir: Path, config: ConfigDict, step: int | str | None, average: int
+) -> list[int | None]:
+    """The checkpoints that `load_run` is asked for; None for the newest whole one."""
+    check_integer("--average", average)
+    checkpoints = workdir / CHECKPOINTS
+    there = steps_in(checkpoints)
+    if step == "best":
+        step = _best(workdir, config, there)
+    elif step is not None:
+        step = check_integer("--step", step, least=0)
+    if average == 1:
+        return [step]
+    steps = there if step is None else [step, *(one for one in there if one < step)]
+    if len(steps) < average:
+        until = "" if step is None else f" up to step {step}"
+        raise ValueError(
+            f"--average={average}: {checkpoints} has {len(steps)} checkpoints{until}, of steps "
+            f"{', '.join(map(str, steps))}; --config.train.keep_checkpoints keeps more as it trains"
         )
-        step = checkpoints.whole_step()
-        params = checkpoints.restore_params(nnx.state(model))
-        return Run(config, tokenizer, model, params, step, data)
+    return [*steps[:average]]
+
+
+def _best(workdir: Path, config: ConfigDict, there: Sequence[int]) -> int:
+    from mqa_jax.train.progress import best_steps  # Only here: it needs what logs, too.
+
+    if not (name := config.train.get("best")):
+        reason = "the run was trained without --config.train.best"
+    else:
+        # What is logged behind the newest checkpoint will be done again.
+        steps, _ = best_steps(workdir, name, max(there, default=0))
+        if found := [step for step in steps if step in there]:
+            return found[0]
+        reason = f"the best {name} is of step {steps[0]}" if steps else f"no {name} is logged"
+    raise ValueError(
+        f"--step=best: {reason}; {workdir / CHECKPOINTS} has checkpoints of steps "
+        f"{', '.join(map(str, there))}"
+    )
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -115,6 +176,30 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if "model_type" in (config := read_json(path)):
         raise ValueError(f"{workdir} is no run, but a model of the hub: give it as --model")
     return ConfigDict(config)
+
+
+def data_of_run(workdir: Path, directory: str | None = None) -> tuple[Path, Manifest]:
+    """The prepared data that a run was trained on; that its files are as they were is not checked.
+
+    Args:
+      directory: where it lies; where the run had it when None.
+
+    Raises:
+      ValueError: it is not there, or is other data.
+    """
+    if not (workdir / DATA).is_file():
+        raise ValueError(f"{workdir} has no {DATA}, which says what data it was trained on")
+    was = read_json(workdir / DATA)["manifest"]
+    data = load_config(workdir).data
+    path = directory_of(data, was["request"])
+    if directory is not None:
+        path = local_path("--data_dir", directory)
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"the data of {workdir} is not at {path.absolute()}: give --data_dir")
+    manifest = Manifest.read(path)
+    if lines := [line for _, line in _differences("data", was, dataclasses.asdict(manifest))]:
+        raise ValueError(f"{path} is not the data of {workdir}:\n  " + "\n  ".join(lines))
+    return path, manifest
 
 
 def tokenizer_file(directory: Path) -> Path:
@@ -157,7 +242,8 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
       about: of `describe`; without data, only the config is compared.
 
     Raises:
-      ValueError: it belongs to another run; the message lists the differences.
+      ValueError: it belongs to another run, and the message lists the differences; or that has
+        done more steps than there are to be.
     """
     checkpoints = workdir / CHECKPOINTS
     if checkpoints.exists() and not checkpoints.is_dir():
@@ -175,6 +261,12 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
             f"{workdir} holds a run with another config:\n  "
             + "\n  ".join(lines)
             + "\nname another --workdir, or give the config that it was started with"
+        )
+    steps, done = about["config"]["train"]["steps"], max(steps_in(checkpoints), default=0)
+    if steps < done:
+        raise ValueError(
+            f"--config.train.steps {steps:,} is less than the {done:,} of the newest checkpoint in "
+            f"{checkpoints}: give {done:,} or more, or name another --workdir"
         )
     if "data" not in about:
         return
@@ -203,7 +295,13 @@ def claim(workdir: Path, about: Mapping[str, Any], data: Path) -> list[str]:
     check(workdir, about)
     workdir.mkdir(parents=True, exist_ok=True)
     is_ours = (workdir / CONFIG).exists()
-    changes = [line for _, line in _changes(workdir, about)] if is_ours else []
+    changes = []
+    if is_ours:
+        was = read_json(workdir / CONFIG)
+        changes = [
+            line + _of_schedule(was, about["config"]) * (field == "config.train.steps")
+            for field, line in _changes(workdir, about)
+        ]
     tokenizer = tokenizer_file(data)
     partial = workdir / f"{tokenizer.name}.partial"
     shutil.copyfile(tokenizer, partial)
@@ -245,6 +343,15 @@ def _data_of(tokenizer: Path) -> dict[str, Any]:
 def _changes(workdir: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     was = read_json(workdir / CONFIG)
     return _differences("config", was, about["config"], _defaults()["config"])
+
+
+def _of_schedule(was: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What another number of steps does to the learning rate, behind the line that tells it."""
+    steps, decay = config["train"]["steps"], config["train"].get("decay_steps", 0)
+    if not decay:
+        return ""
+    falls = f"; the learning rate now falls over steps {max(steps - decay, 0):,} to {steps:,}"
+    return falls + ", and rises again if it had fallen" * (steps > was["train"]["steps"])
 
 
 def _defaults() -> dict[str, Any]:

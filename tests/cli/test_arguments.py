@@ -13,9 +13,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 WORKDIR = "--workdir=x"
 MISTAKES = {
     "": ["foo"],
-    "train, decode, convert, benchmark, prepare": ["foo"],
+    "train, decode, evaluate, convert, export, benchmark, prepare": ["foo"],
     "give --workdir, of a training run, or --model, of the hub, to decode with": ["decode"],
     "--dtype: of no effect without --model": ["decode", WORKDIR, "--dtype=bfloat16"],
+    "--step, --average: of no effect without --workdir": [
+        "decode",
+        "--model=x",
+        "--step=1",
+        "--average=2",
+    ],
+    "--step must be the number of a step, or best, not '-1'": ["decode", WORKDIR, "--step=-1"],
+    "--average must be at least 1, not 0": ["decode", WORKDIR, "--average=0"],
     "--temperature: of no effect without --sample": ["decode", WORKDIR, "--temperature=1"],
     "--top_k, --seed: of no effect": ["decode", WORKDIR, "--seed=0", "--top_k=2"],
     "--alpha: of no effect without a --beam_size": ["decode", WORKDIR, "--alpha=1"],

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import re
+import shutil
 import subprocess
 import time
 
@@ -12,6 +13,7 @@ from running import ROOT, behind, command, run_well
 
 from mqa_jax.cli import decode as decode_command
 from mqa_jax.cli import main
+from mqa_jax.cli.source import Source
 from mqa_jax.decode.beam import TRANSFORMERS, BeamRules
 from mqa_jax.train import workdir
 
@@ -79,8 +81,29 @@ def test_flags_choose_the_rules_of_a_beam_search(flags, rules):
     args = FlagValues()
     decode_command.define(args)
     args(["decode", "--beam_size=3", *flags])
-    source = decode_command.Source(None, None, None, bos_id=0, eos_ids=(1,))
+    source = Source(None, None, None, bos_id=0, eos_ids=(1,))
     assert decode_command.build_search(args, source).keywords["beam_rules"] == rules
+
+
+def test_a_step_or_a_mean_is_decoded(project, tmp_path, capfd):
+    shutil.copytree(project / "run", tmp_path / "run")
+    text = f"--input={project}/val.en"
+
+    def outputs(*flags):
+        code = main(["decode", f"--workdir={tmp_path}/run", text, "--max_new_tokens=9", *flags])
+        printed, errors = capfd.readouterr()
+        return (printed if code == 0 else errors), code
+
+    newest, code = outputs()
+    assert code == 0 and outputs("--step=8")[0] == newest
+    assert outputs("--average=2")[1] == outputs("--step=6", "--average=1")[1] == 0
+    errors, code = outputs("--step=7")
+    assert code == 2 and "no checkpoint of step 7" in errors and "of steps 8, 6\n" in errors
+    errors, code = outputs("--step=best")
+    assert code == 2 and "trained without --config.train.best" in errors and "8, 6\n" in errors
+    errors, code = outputs("--step=6", "--average=2")
+    assert code == 2 and "has 1 checkpoints up to step 6, of steps 6;" in errors
+    assert "--config.train.keep_checkpoints" in errors
 
 
 def test_rules_and_stops(project, capfd):

@@ -167,6 +167,23 @@ def test_training_moves_the_weights_and_a_run_begins_from_a_run(gpt2, tmp_path):
     assert json.loads((second / "config.json").read_text())["model"]["d_model"] == 20
 
 
+def test_an_optimizer_that_is_not_there_is_not_continued(project, gpt2, tmp_path, capfd):
+    def refused(directory, *flags):
+        start = [f"--config.init_from={directory}", "--config.init_optimizer=continued"]
+        assert main(["train", *flags, *start, f"--workdir={tmp_path / 'run'}"]) == 2
+        return capfd.readouterr().err
+
+    config = "--config=multi30k"
+    other = refused(project / "run", config, "--config.train.optimizer=adamw")
+    assert "was trained with 'adafactor', and --config.train.optimizer is 'adamw'" in other
+    hub_model = refused(gpt2, "--config=own_language_model", f"--config.data.path={tmp_path}")
+    assert f"{gpt2} is a model of the hub, without an optimizer; --config.init" in hub_model
+    shutil.copytree(project / "run", tmp_path / "weights")
+    shutil.rmtree(tmp_path / "weights/checkpoints/8/optimizer")
+    assert f"{tmp_path}/weights has weights alone" in refused(tmp_path / "weights", config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_with_a_tokenizer_of_its_own_is_begun_from_too(tmp_path, capfd):
     first, second = tmp_path / "first", tmp_path / "second"

@@ -5,12 +5,14 @@ B batch   S source length   T target length   R rows, batch times beam
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mqa_jax import (
     Decoded,
@@ -21,6 +23,7 @@ from mqa_jax import (
     greedy,
     sample,
 )
+from mqa_jax.core.sharding import ShardingRules, make_mesh
 from mqa_jax.decode.batches import BUCKET
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.lines import LineDecoder
@@ -164,6 +167,34 @@ def record(log, step_fn, cache, last_B, *, max_new_tokens):
     log.append((cache[0].key.shape, max_new_tokens))
     tokens_BL = jnp.broadcast_to(last_B[:, None], (last_B.size, max_new_tokens))
     return Decoded(tokens_BL, jnp.full_like(last_B, max_new_tokens), jnp.int32(1))
+
+
+@both_models
+@pytest.mark.parametrize("name", ["greedy", "beam_search"])
+def test_rows_over_devices_are_decoded_as_on_one(model_type, name):
+    """Each device by itself: what they compile to has no word of the others within."""
+    mesh = make_mesh()
+    rows = NamedSharding(mesh, PartitionSpec(ShardingRules().B))
+    options = dict(batch_size=16, max_new_tokens=6)
+    model, params = make_model(model_type)
+    one = make_decoder(model, SEARCHES[name], **options)
+    many = make_decoder(model, SEARCHES[name], rows=rows, **options)
+    over_all = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    lines = make_lines(*range(14), *range(14))
+    alone = dict(one(params, lines))
+    for i, decoded in many(over_all, lines):
+        same(decoded, alone[i])
+    assert many.stats.steps == one.stats.steps and many.stats.tokens == one.stats.tokens
+    for program in many._compiled.values():
+        assert not re.search("all-gather|all-to-all|collective-permute", program.as_text())
+    scores = dict(one.score(params, lines[1:], lines[1:]))
+    for i, score in many.score(over_all, lines[1:], lines[1:]):
+        np.testing.assert_allclose(score, scores[i], rtol=1e-5)
+    if name == "greedy":
+        with pytest.raises(ValueError, match="streams are for rows on one device"):
+            list(Generator.stream(many, over_all, [[3]]))
+    with pytest.raises(ValueError, match="end an answer are for rows on one device"):
+        make_decoder(model, SEARCHES[name], rows=rows, stop=["7"], **options)
 
 
 @both_models

@@ -8,9 +8,8 @@ import random
 import signal
 import time
 
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from final_bytes import final_bytes
 from running import Running, checkpoints, losses, train
 
 KILLS = int(os.environ.get("MQA_JAX_KILLS", 4))
@@ -22,17 +21,6 @@ OPTIONS = [
     "--config.train.checkpoint_every=2",
     f"--config.train.evaluate_every={20 * KILLS}",
 ]
-
-
-def final_bytes(workdir) -> dict[str, bytes]:
-    """Of each array of the last checkpoint."""
-    step = workdir / "checkpoints" / str(checkpoints(workdir)[-1])
-    arrays = {}
-    for item in ("params", "optimizer"):
-        with ocp.StandardCheckpointer() as checkpointer:
-            for name, array in checkpointer.restore(step / item).items():
-                arrays[f"{item}/{name}"] = np.asarray(array).tobytes()
-    return arrays
 
 
 @pytest.mark.slow

@@ -11,14 +11,29 @@ MESHES = {
     "rows_together": ["--config.mesh.data=1", "--config.mesh.tensor=4"],
 }
 
+# As a process begins to decode the lines of an evaluation.
+IN_DECODING = """
+import os, signal, mqa_jax.train.evaluate as evaluate
+class LineDecoder(evaluate.LineDecoder):
+    def texts(self, params, lines):
+        print(f"decodes {len(lines)} lines", flush=True)
+        %s
+        return super().texts(params, lines)
+evaluate.LineDecoder = LineDecoder
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_processes_train_as_one(project, mesh):
     """As one device does, to rounding, as sums are made in another order; on the same batches."""
     options = [*MESHES[mesh], WITH_BLEU]
-    with Running(project, mesh, *options, processes=2, devices=2) as running:
+    with Running(
+        project, mesh, *options, processes=2, devices=2, setup=IN_DECODING % "pass"
+    ) as running:
         assert running.exit_codes() == [0, 0], running.output()
+    # Each of them its share.
+    assert [running.output().count(f"decodes {lines} lines") for lines in (3, 2)] == [1, 1]
     for kind in ("train", "validation"):
         ours, theirs = records(running.workdir, kind), records(project / "run", kind)
         assert len(ours) == len(theirs) == (8 if kind == "train" else 1)
@@ -52,3 +67,19 @@ def test_when_one_process_is_gone_the_other_ends_and_both_resume(project):
     for record in records(running.workdir):
         assert seen.setdefault(record["step"], record["loss"]) == record["loss"]
     assert sorted(seen) == list(range(1, len(seen) + 1))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_as_it_decodes_leaves_none_waiting(project):
+    kill = "os.environ['JAX_PROCESS_ID'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
+    options = ["--config.mesh.fsdp=2", "--peer_timeout=10", WITH_BLEU]
+    with Running(project, "alone", *options, processes=2, setup=IN_DECODING % kill) as running:
+        assert running.processes[1].wait(timeout=600) == -signal.SIGKILL, running.output()
+        assert running.processes[0].wait(timeout=120) not in (0, 75), running.output()
+    assert records(running.workdir, "validation") == []
+    # The evaluation is made up for.
+    with Running(project, "alone", *options, processes=2) as running:
+        assert running.exit_codes() == [0, 0], running.output()
+    (ours,), (theirs,) = (records(project / run, "validation") for run in ("alone", "run"))
+    for name in ("bleu", "chrf", "exact_match"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)

@@ -100,6 +100,17 @@ def test_the_newest_ones_are_kept(tmp_path):
     checkpoints.close()
 
 
+def test_those_that_are_spared_are_kept_besides(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, spared in ((1, ()), (2, ()), (3, (1,)), (4, (1, 9)), (5, (4, 3)), (6, (2, 5))):
+            checkpoints.save(make_state("adamw", 0, step=step), spared)
+            checkpoints.wait()
+            found = sorted(int(path.name) for path in tmp_path.iterdir())
+            assert found == {3: [1, 2, 3], 4: [1, 3, 4], 5: [3, 4, 5], 6: [5, 6]}.get(
+                step, list(range(1, step + 1))
+            )
+
+
 def test_weights_alone(tmp_path):
     state = make_state("adafactor", 0, step=4)
     saved(tmp_path, state)

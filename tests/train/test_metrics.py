@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from mqa_jax.train import metrics
-from mqa_jax.train.metrics import MetricLog, bleu, exact_match
+from mqa_jax.train.metrics import MetricLog, bleu, chrf, exact_match
 
 SENTENCES = ["the cat sat on the mat today", "a b c d e f", "one two three four, five"]
 
@@ -46,11 +46,19 @@ def test_bleu_by_hand(hypotheses, references, expected):
 
 
 @pytest.mark.parametrize("hypotheses, references", [(["a"], ["a", "b"]), ([], [])])
-@pytest.mark.parametrize("metric", [bleu, exact_match])
+@pytest.mark.parametrize("metric", [bleu, chrf, exact_match])
 def test_what_does_not_match_is_refused(metric, hypotheses, references):
     message = f"{len(hypotheses)} hypotheses for {len(references)} references"
     with pytest.raises(ValueError, match=message):
         metric(hypotheses, references)
+
+
+def test_chrf():
+    score, signature = chrf(SENTENCES, SENTENCES)
+    np.testing.assert_allclose(score, 100, rtol=1e-9)
+    assert signature.startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+    # Of "ab" and "ac" half of the characters are right, and none of the pairs: F is 1/4.
+    np.testing.assert_allclose(chrf(["ab"], ["ac"])[0], 25, rtol=1e-6)
 
 
 def test_exact_match():

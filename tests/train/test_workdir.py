@@ -98,7 +98,8 @@ def test_to_look_claims_nothing(run, data):
 def test_every_difference_is_listed(run, data):
     claim(run, make_config(), data)
     first = contents(run)
-    other = make_config(**{"train.steps": 71, "train.mesh.fsdp": 2, "window": 7, "limit": 9})
+    changes = {"train.learning_rate": 0.5, "train.mesh.fsdp": 2, "window": 7, "limit": 9}
+    other = make_config(**changes)
     del other.words
     other.sizes = (3, 5, 7)
     other.extra = ConfigDict({"a": True})
@@ -111,8 +112,8 @@ def test_every_difference_is_listed(run, data):
             "config.extra: 'nothing' there, {'a': True} asked",
             "config.limit: None there, 9 asked",
             "config.sizes: [3, 5] there, [3, 5, 7] asked",
+            "config.train.learning_rate: 0.25 there, 0.5 asked",
             "config.train.mesh.fsdp: 1 there, 2 asked",
-            "config.train.steps: 70 there, 71 asked",
             "config.window: None there, 7 asked",
             "config.words: 'für' there, 'nothing' asked",
         ]
@@ -139,9 +140,39 @@ def test_what_decides_nothing_may_change_and_is_told(run, data, field):
     changes = claim(run, ConfigDict(holder), data)
     assert changes and all(change.startswith(f"config.{field}") for change in changes)
     if not isinstance(was, dict):
-        assert changes == [f"config.{field}: {was!r} there, 99 asked"]
+        (change,) = changes
+        assert change.split(";")[0] == f"config.{field}: {was!r} there, 99 asked"
     assert workdir.load_config(run).to_dict() == json.loads(json.dumps(holder))
     assert claim(run, ConfigDict(holder), data) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "effect"),
+    [
+        (90, "; the learning rate now falls over steps 80 to 90, and rises again if it had fallen"),
+        (60, "; the learning rate now falls over steps 50 to 60"),
+        (5, "; the learning rate now falls over steps 0 to 5"),
+    ],
+)
+def test_another_number_of_steps_says_what_becomes_of_the_rate(run, data, steps, effect):
+    config = ConfigDict(SHIPPED)
+    config.train.update(steps=70, decay_steps=10)
+    claim(run, config, data)
+    config.train.steps = steps
+    assert claim(run, config, data) == [f"config.train.steps: 70 there, {steps} asked{effect}"]
+    config.train.decay_steps = 0
+    run = run.with_name("level")
+    claim(run, config, data)
+    config.train.steps = 8
+    assert claim(run, config, data) == [f"config.train.steps: {steps} there, 8 asked"]
+
+
+def test_there_are_no_fewer_steps_than_are_done(run, data):
+    claim(run, make_config(), data)
+    (run / "checkpoints/60/params").mkdir(parents=True)
+    check(run, make_config(**{"train.steps": 60}))
+    with pytest.raises(ValueError, match=r"train.steps 59 is less than the 60 of the newest"):
+        check(run, make_config(**{"train.steps": 59}))
 
 
 @pytest.mark.parametrize("field", ["train.seed", "data.target_length", "model.d_ff"])
@@ -319,6 +350,78 @@ def test_a_run_is_loaded_with_all_that_decoding_needs(trained, own):
             assert found.devices() == {jax.devices()[0]}
         logits = nnx.merge(nnx.graphdef(run.model), run.params)(jnp.ones((1, 5), jnp.int32))
         assert logits.shape == (1, 5, 300)
+
+
+@pytest.fixture
+def several(trained, own):
+    """Weights times 1, 2, 4 and 8 as steps 3, 5, 7 and 9; of the best loss is step 5."""
+    config = json.loads((own / "config.json").read_text())
+    config["train"]["best"] = "loss"
+    (own / "config.json").write_text(json.dumps(config))
+    about = json.loads((own / "checkpoints/3/run.json").read_text())
+    with Checkpoints(own / "checkpoints", keep=9, run=about) as checkpoints:
+        for step, times in ((5, 2), (7, 4), (9, 8)):
+            params = jax.tree.map(lambda x, times=times: x * times, trained[1])
+            checkpoints.save(TrainState(jnp.int32(step), params, params))
+    losses = {3: 2.0, 5: 1.0, 7: 1.5, 11: 0.5}
+    records = [dict(kind="validation", step=step, loss=loss) for step, loss in losses.items()]
+    (own / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return own
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        ({}, 8),
+        (dict(step=9), 8),
+        (dict(step=3), 1),
+        (dict(step="best"), 2),  # Of what is behind the newest checkpoint nothing is there.
+        (dict(average=2), (8 + 4) / 2),
+        (dict(step=7, average=3), (4 + 2 + 1) / 3),
+        (dict(step="best", average=2), (2 + 1) / 2),
+    ],
+)
+def test_the_weights_of_a_step_and_the_mean_of_several(trained, several, options, times):
+    run = workdir.load_run(several, **options)
+    for found, one in zip(*map(jax.tree.leaves, (run.params, trained[1])), strict=True):
+        assert found.dtype == one.dtype and found.devices() == {jax.devices()[0]}
+        np.testing.assert_allclose(found, np.asarray(one) * times, rtol=1e-6)
+
+
+def test_a_step_that_is_not_there_or_damaged_is_an_error(several):
+    there = "9, 7, 5, 3"
+    with pytest.raises(ValueError, match=f"no checkpoint of step 4 in .* of steps {there}"):
+        workdir.load_run(several, step=4)
+    with pytest.raises(ValueError, match=f"has 4 checkpoints, of steps {there}; --config.train.k"):
+        workdir.load_run(several, average=5)
+    (several / "checkpoints/5/run.json").write_text("{}")
+    for options in (dict(step=5), dict(step="best"), dict(step=7, average=2)):
+        with pytest.raises(ValueError, match=r"checkpoints/5 is damaged: files \['run.json'\]"):
+            workdir.load_run(several, **options)
+    shutil.rmtree(several / "checkpoints/5")
+    with pytest.raises(ValueError, match="--step=best: the best loss is of step 5; .* 9, 7, 3"):
+        workdir.load_run(several, step="best")
+    (several / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="--step=best: no loss is logged; "):
+        workdir.load_run(several, step="best")
+
+
+def test_a_mean_of_bfloat16_is_taken_in_float32(trained, tmp_path):
+    """In bfloat16, 256 and 1 add up to 256; the newest is the first."""
+    sizes, data = SIZES | dict(param_dtype="bfloat16"), trained[0] / "data"
+    config = ConfigDict({"task": "language_model", "model": sizes, "train": {}})
+    about = describe(config, data)
+    run = tmp_path / "run"
+    workdir.claim(run, about, data)
+    model = build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model))
+    with Checkpoints(run / "checkpoints", run=about) as checkpoints:
+        for step, value in enumerate((1, 1, 256)):
+            full = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), params)
+            checkpoints.save(TrainState(jnp.int32(step), full, full))
+    for x in jax.tree.leaves(workdir.load_run(run, average=3).params):
+        assert x.dtype == jnp.bfloat16 or x.ndim == 1  # Norms are in float32.
+        assert np.unique(np.asarray(x, np.float32)) == 86
 
 
 def change(path, **fields):
