@@ -142,7 +142,7 @@ def test_a_report_before_any_training(hub_model, tmp_path, capsys):
 
 T5 = ["--num_kv_heads=1", "--output=out"]
 REFUSED = {
-    "give --workdir, of a run, or --model": ("", T5),
+    "give --workdir, of a training run, or --model": ("", T5),
     "give --output, a new directory, or --report": ("t5", ["--num_kv_heads=1"]),
     "give --num_kv_heads": ("t5", ["--output=out"]),
     "--num_kv_heads=2 does not divide the 3 key/value heads": (

@@ -109,7 +109,7 @@ def test_a_model_alone_where_a_family_has_what_it_does(tmp_path, monkeypatch, ca
     own = shutil.copytree(project / "run", tmp_path / "own")
     config, params = load_run(own).config, nnx.state(model)
     config.update(task="language_model")
-    run = Run(config, None, model, params)
+    run = Run(config, None, model, params, 0, {})
     monkeypatch.setattr("mqa_jax.train.workdir.load_run", lambda *_, **__: run)
     assert export(f"--workdir={own}", f"--output={tmp_path}/out", "--family=llama") == 0
     same(nnx.state(hub.load(tmp_path / "out").model), params)
