@@ -5,7 +5,9 @@
 
 `--config.data.path` names a directory with the files train.txt and validation.txt, plain or .gz;
 other names are `--config.data.splits.train=...` and `--config.data.target=...` (what stands behind
-the dot). A row holds 128 tokens, and passages that are longer, or blank, are left out and counted.
+the dot). Of one file alone, book.txt, `--config.data.splits.train='book[:95%]'` takes the first
+lines and `--config.data.splits.validation='book[95%:]'` the last. A row holds 128 tokens, and
+passages that are longer, or blank, are left out and counted.
 5 M parameters in every variant. Little text has too few different words for 4,000 tokens: the error
 then says how many there can be, for `--config.data.vocab_size`. For a larger model add, say,
 

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +49,8 @@ class RawText:
         with _quiet_tfds():
             self._builder = _builder(data, files)
             _build(self._builder)
-        self._names = wanted_splits(data.splits)
-        if files:
-            self._names = {split: split for split in self._names}
+        wanted = wanted_splits(data.splits)
+        self._names = parts_of_files(wanted)[1] if files else wanted
         features = self._builder.info.features.items()
         texts = [name for name, feature in features if isinstance(feature, tfds.features.Text)]
         if missing := set(self._sides) - set(texts):
@@ -59,9 +58,32 @@ class RawText:
                 f"{data.builder} has no texts {sorted(missing)}, only {sorted(texts)}: set "
                 "--config.data.source and --config.data.target to two of these"
             )
-        # TFDS finds out what a name means, such as "train[:10%]", and which there are.
-        for split in self._names:
-            self.count(split)
+        self._check_apart(wanted)
+
+    def _check_apart(self, wanted: Mapping[str, str]) -> None:
+        """Whether all splits are there, and no example is in two of them."""
+        infos = self._builder.info.splits
+        spans: list[tuple[str, str, int, int]] = []
+        for split, name in self._names.items():
+            flag = f"--config.data.splits.{split} {wanted[split]!r}"
+            try:
+                parts = tfds.core.ReadInstruction.from_spec(name).to_absolute(infos)
+            except (ValueError, KeyError) as error:
+                reason = str(error).partition(" See format at")[0]
+                raise ValueError(
+                    f"{flag}: {reason} Give a split, of {sorted(infos)}, or a part of one such as "
+                    "train[:95%]"
+                ) from None
+            for part in parts:
+                last = infos[part.splitname].num_examples
+                span = part.from_ or 0, last if part.to is None else part.to
+                for other, where, first, end in spans:
+                    if where == part.splitname and max(first, span[0]) < min(end, span[1]):
+                        raise ValueError(
+                            f"{flag} and .{other} {wanted[other]!r} have examples in common, which "
+                            "learnt by heart would count as known: give parts that do not overlap"
+                        )
+                spans.append((split, part.splitname, *span))
 
     def count(self, split: str) -> int:
         """How many examples "train", "validation" or "test" has."""
@@ -91,7 +113,8 @@ class RawText:
     def where(self, split: str, side: str, example: Example) -> str:
         """Where a user finds one side of an example, for messages."""
         if isinstance(self._builder, ParallelText):
-            return f"{self._builder.builder_config.files[split][side]}:{example.number}"
+            name = self._names[split].partition("[")[0]
+            return f"{self._builder.builder_config.files[name][side]}:{example.number}"
         return f"{self._builder.info.full_name}, {self._names[split]}[{example.number}], {side!r}"
 
 
@@ -151,5 +174,22 @@ def _quiet_tfds() -> Iterator[None]:
 
 def own_files(data: ConfigDict) -> ParallelTextConfig:
     """The user's own files that a config asks for; raises as `parallel_text_config` does."""
-    splits = wanted_splits(data.splits)
-    return parallel_text_config(place(data, "path"), data.source, data.target, splits)
+    stems, _ = parts_of_files(wanted_splits(data.splits))
+    return parallel_text_config(place(data, "path"), data.source, data.target, stems)
+
+
+def parts_of_files(wanted: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Splits that may be parts of a file, such as "book[:95%]" and "book[95%:]", as TFDS has them.
+
+    Returns:
+      for each file, by the first split that is of it, its stem; and for each split the part of that
+      one that it is.
+    """
+    stems: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for split, name in wanted.items():
+        stem, bracket, part = name.partition("[")
+        first = next((other for other in stems if stems[other] == stem), split)
+        stems[first] = stem
+        names[split] = f"{first}{bracket}{part}"
+    return stems, names

@@ -5,7 +5,8 @@ builder        "number_phrases", "parallel_text" (your own files), or a TFDS dat
 path           the directory of your own files; "" with any other builder
 source, target sides: suffixes of your files, or features of the dataset; source "" makes a
                language model's data
-splits         train, validation and perhaps test -> stem of your files, or TFDS split
+splits         train, validation and perhaps test -> stem of your files, or TFDS split; of either
+               a part, such as book[:95%] and book[95%:]
 dir            where to write; "" for a directory under data/ that is named by the contents, so
                that other text or other fields go to another
 tfds_dir       where TFDS keeps the raw data; "" for `<dir>/tfds`, data/tfds if dir is ""

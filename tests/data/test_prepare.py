@@ -375,7 +375,7 @@ class FewWords(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture
 def few_words(config, monkeypatch):
     config.update(builder="few_words", path="", source="up", target="down", vocab_size=307)
-    config.splits = dict(train="big", validation="big[:10%]")
+    config.splits = dict(train="big[10%:]", validation="big[:10%]")
     options = dict(data_dir=str(Path(config.dir) / "tfds"), file_format="array_record")
     FewWords(**options).download_and_prepare()
     return config
@@ -385,7 +385,7 @@ def test_any_tfds_dataset(few_words, monkeypatch):
     """One that is built needs no TensorFlow; slices of splits are splits."""
     monkeypatch.setattr(raw_module, "READ_AT_ONCE", 7)
     directory = prepare(few_words)
-    assert len(texts(directory, "train")) == 200
+    assert len(texts(directory, "train")) == 180
     assert len(texts(directory, "validation")) == 20
     assert all(up.lower() == down for up, down in texts(directory, "train"))
 
@@ -410,7 +410,8 @@ def test_line_breaks_would_shift_the_text_files(few_words):
 
 def test_invalid_examples_of_tfds_are_named(few_words):
     few_words.source_length = 5
-    with pytest.raises(ValueError, match=r"few_words/1.0.0, big\[\d+\], 'up': \d+ tokens, 5 fit"):
+    place = r"few_words/1.0.0, big\[10%:\]\[\d+\], 'up'"
+    with pytest.raises(ValueError, match=rf"{place}: \d+ tokens, 5 fit"):
         prepare(few_words)
 
 
@@ -459,3 +460,37 @@ def test_manifest_is_json_of_the_request(config):
         f"{stem}.{side}" for stem in ("train", "val", "test") for side in ("en", "de")
     }
     assert "path" not in request and "dir" not in request
+
+
+def test_parts_of_one_file_are_splits(config, text_dir):
+    config.splits.update(train="train[:90%]", validation="train[90%:95%]", test="train[95%:]")
+    directory = prepare(config)
+    found = [pair for split in ("validation", "test") for pair in texts(directory, split)]
+    assert sorted(found) == sorted(lines(text_dir, "train")[190:])
+    assert len(texts(directory, "validation")) == 10
+    assert Manifest.read(directory).splits["train"].examples == 190
+
+
+def test_what_is_wrong_with_a_part_of_a_file_is_named_with_its_line(config, text_dir):
+    config.splits.update(train="train[:90%]", validation="train[90%:]", test="")
+    path = text_dir / "train.de"
+    whole = path.read_text(encoding="utf-8").split("\n")
+    path.write_text("\n".join([*whole[:199], "", *whole[200:]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.de:200: blank"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        (dict(train="train[:90%]", validation="train[80%:]"), r"validation 'train\[80%:\]' and "),
+        (dict(train="train", validation="train[99%:]"), "have examples in common"),
+        (dict(train="train[:90%]", validation="train[-500:]"), "Give a split"),
+        (dict(train="train[:90%]", validation="train[ninety:]"), r"validation 'train\[ninety"),
+        (dict(train="train[:90%]", validation="train["), r"splits\.validation 'train\['"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(config, splits, message):
+    config.splits.update(splits, test="")
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
