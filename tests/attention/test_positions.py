@@ -72,6 +72,16 @@ def test_scalings_of_rope():
         (dict(factor=2.0), "rope factor=2.0 needs a scaling, such as 'linear'"),
         (dict(scaling="yarn"), "rope scaling 'yarn' is not one of default, linear, llama3"),
         (dict(scaling="llama3"), "rope scaling 'llama3' needs original_max_length"),
+        (dict(low_freq_factor=math.nan), "rope low_freq_factor must be a finite number"),
+        (dict(high_freq_factor=-1.0), "rope high_freq_factor must be a finite number, above 0"),
+        (
+            dict(scaling="llama3", original_max_length=0),
+            "rope original_max_length must be at least 1, not 0",
+        ),
+        (
+            dict(scaling="llama3", original_max_length=63.0),
+            "rope original_max_length must be an integer, not 63.0",
+        ),
         (
             dict(scaling="llama3", original_max_length=9, low_freq_factor=4.0),
             "rope low_freq_factor=4.0 must be below high_freq_factor=4.0",
