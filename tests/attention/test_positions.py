@@ -143,6 +143,8 @@ def test_where_the_logarithm_is_whole_the_bucket_is_that_of_float32():
         (dict(num_buckets=1), "num_buckets=1 must be at least 2"),
         (dict(num_buckets=5, bidirectional=True), "num_buckets=5 .* at least 4 and even"),
         (dict(num_buckets=8, distance=4), "distance=4 must be above 4"),
+        (dict(distance=64.0), "distance must be an integer, not 64.0"),
+        (dict(distance=2**20 + 1), "distance must be from 1 to 1048576, not 1048577"),
     ],
 )
 def test_relative_bias_without_sense_raises(fields, message):
