@@ -144,6 +144,25 @@ def test_what_decides_nothing_may_change_and_is_told(run, data, field):
     assert claim(run, ConfigDict(holder), data) == []
 
 
+def test_a_run_goes_on_with_other_places_figures_and_checkpoints(run, data):
+    """Where the same text lies, how often what is logged, evaluated and kept."""
+    claim(run, ConfigDict(SHIPPED), data)
+    other = ConfigDict(SHIPPED)
+    for place in ("dir", "path", "tfds_dir"):
+        other.data[place] += "elsewhere"
+    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        other.train[name] += 1
+    for name in ("batch_size", "lines"):
+        other.evaluate[name] += 1
+    changes = claim(run, other, data)
+    assert [change.split(":")[0] for change in changes] == [
+        *(f"config.data.{name}" for name in ("dir", "path", "tfds_dir")),
+        *(f"config.evaluate.{name}" for name in ("batch_size", "lines")),
+        *(f"config.train.{name}" for name in ("checkpoint_every", "evaluate_every")),
+        *(f"config.train.{name}" for name in ("keep_checkpoints", "log_every")),
+    ]
+
+
 @pytest.mark.parametrize("field", ["train.seed", "data.target_length", "model.d_ff"])
 def test_what_decides_may_not(run, data, field):
     claim(run, ConfigDict(SHIPPED), data)
