@@ -340,6 +340,11 @@ def test_a_run_is_loaded_with_all_that_decoding_needs(trained, own):
         assert logits.shape == (1, 5, 300)
 
 
+def test_a_run_at_an_address_is_refused():
+    with pytest.raises(ValueError, match="--workdir 'gs://bucket/run' is an address"):
+        workdir.load_run("gs://bucket/run")
+
+
 def change(path, **fields):
     config = json.loads(path.read_text())
     config["model"] |= fields
