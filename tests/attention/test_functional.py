@@ -265,6 +265,12 @@ def test_a_scale_is_no_text():
         mqa_jax.dot_product_attention(*[jnp.ones((2, 7, 3, 5))] * 3, scale="1")
 
 
+@pytest.mark.parametrize("softcap", [0.0, -1.0, np.nan, np.inf, True, "1"])
+def test_a_softcap_is_a_finite_number_above_zero(softcap):
+    with pytest.raises(ValueError, match="softcap must be a finite number, above 0"):
+        mqa_jax.dot_product_attention(*[jnp.ones((2, 7, 3, 5))] * 3, softcap=softcap)
+
+
 def test_a_scale_may_be_learned():
     query, key, value, _ = inputs(3, T)
 

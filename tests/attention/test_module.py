@@ -169,7 +169,7 @@ def test_bad_sizes_raise(kwargs, message):
 @pytest.mark.parametrize(
     ("x_shape", "memory_shape", "kwargs", "message"),
     [
-        ((T, D), None, {}, r"x_BTD must have shape \[B, T, 13\], not \[7, 13\]"),
+        ((T, D), None, {}, r"\[B, T, 13\], not \[7, 13\] \(one row: x\[None\]\)"),
         ((B, T, 12), None, {}, r"not \[2, 7, 12\]"),
         ((B, T, D), (3, S, D), {}, r"memory_BSD must have shape \[2, S, 13\], not \[3, 11, 13\]"),
         ((B, T, D), (B, S, D), dict(is_causal=True), "is_causal=True, window=None"),

@@ -72,6 +72,16 @@ def test_scalings_of_rope():
         (dict(factor=2.0), "rope factor=2.0 needs a scaling, such as 'linear'"),
         (dict(scaling="yarn"), "rope scaling 'yarn' is not one of default, linear, llama3"),
         (dict(scaling="llama3"), "rope scaling 'llama3' needs original_max_length"),
+        (dict(low_freq_factor=math.nan), "rope low_freq_factor must be a finite number"),
+        (dict(high_freq_factor=-1.0), "rope high_freq_factor must be a finite number, above 0"),
+        (
+            dict(scaling="llama3", original_max_length=0),
+            "rope original_max_length must be at least 1, not 0",
+        ),
+        (
+            dict(scaling="llama3", original_max_length=63.0),
+            "rope original_max_length must be an integer, not 63.0",
+        ),
         (
             dict(scaling="llama3", original_max_length=9, low_freq_factor=4.0),
             "rope low_freq_factor=4.0 must be below high_freq_factor=4.0",
@@ -133,6 +143,8 @@ def test_where_the_logarithm_is_whole_the_bucket_is_that_of_float32():
         (dict(num_buckets=1), "num_buckets=1 must be at least 2"),
         (dict(num_buckets=5, bidirectional=True), "num_buckets=5 .* at least 4 and even"),
         (dict(num_buckets=8, distance=4), "distance=4 must be above 4"),
+        (dict(distance=64.0), "distance must be an integer, not 64.0"),
+        (dict(distance=2**20 + 1), "distance must be from 1 to 1048576, not 1048577"),
     ],
 )
 def test_relative_bias_without_sense_raises(fields, message):

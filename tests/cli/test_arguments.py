@@ -93,6 +93,8 @@ MISTAKES = {
         "--config=quickstart",
         "--output_dir=gs://a/b",
     ],
+    "--workdir 'gs://a/b' is an address": ["decode", "--workdir=gs://a/b"],
+    "--workdir 's3://a/b' is an address": ["train", "--config=quickstart", "--workdir=s3://a/b"],
     "--repeats: of no effect with --compile_only": [
         "decode",
         "--config=quickstart",

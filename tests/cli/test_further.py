@@ -227,7 +227,7 @@ def test_a_translation_model_of_the_hub_is_trained_on_text(t5, tmp_path):
         (["--config.data.vocab_size=64"], "--config.data.vocab_size: of no effect with"),
         (["--config.data.target_length=12"], "the 11 positions that the model has"),
         (["--config.init_from=nowhere"], "'nowhere' has no config.json: give a directory"),
-        (["--config.init_from=gs://bucket/model"], "--config.init_from"),
+        (["--config.init_from=gs://a/b"], "--config.init_from 'gs://a/b' is an address"),
         (["--config.model.param_dtype=float16"], "is loaded in float32 or bfloat16"),
     ],
 )

@@ -151,6 +151,11 @@ def test_a_model_without_a_longest_length_has_the_one_that_is_said(tmp_path, cap
     assert len(lines) == 1
 
 
+def test_a_model_at_an_address_is_refused(capfd):
+    assert main(["decode", "--model=gs://bucket/model", f"--input={__file__}"]) == 2
+    assert "error: --model 'gs://bucket/model' is an address" in capfd.readouterr().err
+
+
 def test_a_model_without_a_tokenizer_and_two_models_are_refused(directory, tmp_path, capfd):
     (directory / "tokenizer.json").unlink()
     assert main(["decode", f"--model={directory}", f"--input={tmp_path / 'lines'}"]) == 2

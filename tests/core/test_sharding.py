@@ -160,6 +160,22 @@ def test_a_sharded_model_computes_the_same(make, sizes, num_kv_heads):
     assert query.addressable_shards[0].data.size == query.size // (sizes[1] * sizes[2])
 
 
+def test_a_translation_on_explicit_axes_computes_the_same():
+    """Both sides at once, as in training; logits are split by rows and by the vocabulary."""
+    graphdef, params = nnx.split(EncoderDecoder(CONFIG, rngs=nnx.Rngs(3)))
+    source, target = (jax.random.randint(jax.random.key(i), (8, 11), 0, 40) for i in (1, 2))
+    forward = jax.jit(lambda params, *tokens: nnx.merge(graphdef, params)(*tokens))
+    expected = forward(params, source, target)
+
+    mesh, rules = explicit_mesh(2, 2, 2), ShardingRules()
+    split = functools.partial(jax.device_put, device=rules.sharding(mesh, "BT", source.shape))
+    logits = forward(
+        jax.device_put(params, rules.params(mesh, params)), split(source), split(target)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert jax.typeof(logits).sharding.spec == PartitionSpec(rules.B, None, "tensor")
+
+
 @pytest.mark.parametrize(
     ("num_kv_heads", "sizes", "kv_heads_axis"),
     [

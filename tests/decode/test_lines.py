@@ -138,6 +138,13 @@ def test_a_line_without_room_is_counted_and_done_as_asked(on_long, output):
         assert {"One two.", "Three four?"} <= parts, "between sentences first"
 
 
+def test_a_line_is_split_between_sentences_though_words_are_nearer_to_its_middle():
+    decoder, line = translate(), "One two. Three four five"
+    assert list(decoder.texts(None, [line], on_long="split")) == [line]
+    parts = {Bytes().decode(row) for rows, _ in decoder.calls for row in rows}
+    assert parts == {"One two.", "Three four five"}
+
+
 def test_a_line_without_room_is_refused_before_any_is_decoded():
     decoder = translate()
     message = rf"line 2 has {len(LONG) + 2} tokens, .* room for 17 .*on_long=skip, cut or split"

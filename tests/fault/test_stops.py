@@ -105,6 +105,12 @@ def test_a_skipped_step_is_logged_and_the_run_goes_on(project):
         assert cause in skipped.output()
     assert sorted(losses(skipped.workdir)) == [1, 4, 6, 7, 8]
     assert [record["skipped"] for record in records(skipped.workdir)] == [0, 1, 1, 0, 1, 0, 0, 0]
+    # The rate follows the step, as if none had been skipped.
+    rates, expected = (
+        [record["learning_rate"] for record in records(workdir)]
+        for workdir in (skipped.workdir, project / "run")
+    )
+    assert rates == expected and len({*rates}) > 1
     # Not of step 3, which was skipped.
     assert checkpoints(skipped.workdir) == [6, 8]
 

@@ -110,6 +110,30 @@ def test_a_run_keeps_to_the_data_it_began_with(tmp_path, gate):
     train(tmp_path / "one", "run", *data)
 
 
+REPLACED = """
+import dataclasses, mqa_jax.train.loop as loop
+set_up = loop.set_up
+def set_up_meanwhile(config, *args, **kwargs):
+    manifest = loop.Manifest.read(config.data.dir)
+    request = manifest.request | {"on_invalid": "drop"}
+    dataclasses.replace(manifest, request=request).write(config.data.dir)
+    return set_up(config, *args, **kwargs)
+loop.set_up = set_up_meanwhile
+"""
+
+
+@pytest.mark.slow
+def test_data_that_is_replaced_while_the_model_is_built_is_not_trained_on(project, tmp_path):
+    (manifest,) = project.glob("data/*/manifest.json")
+    shutil.copytree(manifest.parent, tmp_path / "data")
+    data = f"--config.data.dir={tmp_path}/data"
+    with Running(project, "replaced", data, setup=REPLACED) as running:
+        assert running.exit_codes() not in ([0], [75])
+    reason = running.output().splitlines()[-1]
+    assert f"{tmp_path}/data holds other data than this run began with" in reason
+    assert losses(running.workdir) == {} and not (running.workdir / "config.json").exists()
+
+
 @pytest.mark.slow
 def test_trained_on_two_gone_on_with_on_eight_decoded_on_one(project, tmp_path, gate):
     """The same batches and parameters, and sums to rounding."""

@@ -170,6 +170,8 @@ def test_a_pickle_is_not_read_and_its_conversion_is_said(tmp_path, name):
 
 
 def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(ValueError, match="the directory 'gs://bucket/model' is an address"):
+        Directory("gs://bucket/model")
     with pytest.raises(ValueError, match="there is no directory .*nowhere: download"):
         Directory(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no config.json"):

@@ -124,6 +124,9 @@ def test_the_papers_model_is_no_familys(tmp_path):
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     pretrained = load(write(tmp_path / "given", "llama"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the directory 'gs://bucket/model' is an address"):
+        save("gs://bucket/model", pretrained)
     with pytest.raises(ValueError, match="given is there already"):
         save(tmp_path / "given", pretrained)
     (tmp_path / "empty").mkdir()

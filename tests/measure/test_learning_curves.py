@@ -5,6 +5,8 @@ import json
 import pytest
 from running import ROOT, run_well
 
+from mqa_jax.measure import plots
+
 SCRIPT = ROOT / "benchmarks/learning_curves.py"
 
 
@@ -30,3 +32,30 @@ def test_curves_are_kept_and_drawn_again_from_what_was_kept(tmp_path):
     run_well(SCRIPT, "--output=b.png", "--record=b.json", "a.json", cwd=tmp_path)
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+DRAWN = """
+import sys
+from absl import flags
+sys.path.insert(0, "benchmarks")
+import learning_curves
+flags.FLAGS(["", "--output=a.png"])
+figure = learning_curves.draw(None, {
+    "multi_query-0": {100: 4.0, 200: 2.0, 300: 9.0},
+    "multi_query-1": {100: 3.0, 200: 1.5},
+    "mine": {100: 4.0, 200: 1.25},
+})
+for line in figure.axes[0].lines:
+    print(line.get_color())
+for text in figure.axes[0].texts:
+    print(text.get_color(), text.get_text())
+"""
+
+
+@pytest.mark.slow
+def test_a_curve_has_its_variants_colour_and_its_last_value_at_its_end():
+    """The mean of the runs, at the last step that all of them have."""
+    colors = [plots.look(name)["color"] for name in ("multi_query", "mine")]
+    *lines, first, second = run_well("-c", DRAWN, cwd=ROOT).stdout.splitlines()
+    assert lines == colors
+    assert {first, second} == {f"{colors[0]} multi_query 1.750", f"{colors[1]} mine 1.250"}

@@ -130,6 +130,22 @@ def test_a_variant_looks_the_same_in_all_pictures_and_unlike_the_others():
     assert plots.look("mine") == plots.look("mine") != plots.look("yours")
 
 
+def test_lines_points_and_what_is_written_beside_them_have_their_variants_colour():
+    variants = ("multi_query", "mine", "multi_head")  # in another order than usual
+    colors = [plots.look(variant)["color"] for variant in variants]
+    rows = grid(variants, [8], [128, 512])
+    for figure in (
+        plots._lines(rows, "", "context length", "batch"),
+        plots._roofline(rows, "", {}),
+    ):
+        [axes] = figure.axes
+        lines = [line.get_color() for line in axes.lines]
+        assert [*dict.fromkeys(lines)] == [*colors, plots.BLACK][: len({*lines})]
+        assert {text.get_color() for text in axes.texts} == {*colors}
+    legend = figure.legends[0].get_lines()
+    assert [line.get_color() for line in legend[:3]] == colors
+
+
 def test_the_heat_map_has_the_ratios_to_multi_head():
     step_ms = dict(zip([(1, 128), (1, 512), (8, 128), (8, 512)], [1.0, 1.2, 1.4, 3.0], strict=True))
     heads = [cost(batch=b, context_length=c, step_ms=7 * ms) for (b, c), ms in step_ms.items()]

@@ -175,6 +175,25 @@ def test_there_are_no_fewer_steps_than_are_done(run, data):
         check(run, make_config(**{"train.steps": 59}))
 
 
+def test_a_run_goes_on_with_other_places_figures_and_checkpoints(run, data):
+    """Where the same text lies, how often what is logged, evaluated and kept."""
+    claim(run, ConfigDict(SHIPPED), data)
+    other = ConfigDict(SHIPPED)
+    for place in ("dir", "path", "tfds_dir"):
+        other.data[place] += "elsewhere"
+    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        other.train[name] += 1
+    for name in ("batch_size", "lines"):
+        other.evaluate[name] += 1
+    changes = claim(run, other, data)
+    assert [change.split(":")[0] for change in changes] == [
+        *(f"config.data.{name}" for name in ("dir", "path", "tfds_dir")),
+        *(f"config.evaluate.{name}" for name in ("batch_size", "lines")),
+        *(f"config.train.{name}" for name in ("checkpoint_every", "evaluate_every")),
+        *(f"config.train.{name}" for name in ("keep_checkpoints", "log_every")),
+    ]
+
+
 @pytest.mark.parametrize("field", ["train.seed", "data.target_length", "model.d_ff"])
 def test_what_decides_may_not(run, data, field):
     claim(run, ConfigDict(SHIPPED), data)
@@ -422,6 +441,11 @@ def test_a_mean_of_bfloat16_is_taken_in_float32(trained, tmp_path):
     for x in jax.tree.leaves(workdir.load_run(run, average=3).params):
         assert x.dtype == jnp.bfloat16 or x.ndim == 1  # Norms are in float32.
         assert np.unique(np.asarray(x, np.float32)) == 86
+
+
+def test_a_run_at_an_address_is_refused():
+    with pytest.raises(ValueError, match="--workdir 'gs://bucket/run' is an address"):
+        workdir.load_run("gs://bucket/run")
 
 
 def change(path, **fields):
