@@ -156,6 +156,8 @@ def test_what_a_file_leaves_to_the_base_is_what_it_always_was(module):
     name = module.__name__.removeprefix("configs.")
     found = json.loads(module.get_config().to_json())
     assert (found.pop("init_from"), found.pop("init_optimizer")) == ("", "fresh")
+    later = (found["data"].pop("subword_samples"), found["data"].pop("subword_alpha"))
+    assert later == (0, 0.2)
     assert (found["train"].pop("best"), found["train"].pop("patience")) == ("", 0)
     model = {field: found["model"][field] for field in kept[name]["model"]}
     assert found | {"model": model} == kept[name]

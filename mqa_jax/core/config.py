@@ -106,6 +106,8 @@ def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
                 pack=True,
                 on_invalid="error",
                 vocab_size=vocab_size,
+                subword_samples=0,
+                subword_alpha=0.2,
             ),
             train=dict(
                 steps=100_000,

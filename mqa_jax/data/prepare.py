@@ -9,10 +9,11 @@ import contextlib
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from absl import app, flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict, config_flags
@@ -54,6 +55,11 @@ def prepare(data: ConfigDict, tokenizer: RowTokenizer | None = None) -> Path:
         sense; the raw text cannot be had; or an example is invalid and `on_invalid` is "error".
     """
     check(data)
+    if data.get("subword_samples") and not isinstance(tokenizer, Tokenizer | None):
+        raise ValueError(
+            f"--config.data.subword_samples={data.subword_samples}: the tokenizer of "
+            "--config.init_from knows one way to cut a text: leave it out"
+        )
     files = None
     if data.path and data.dir and not place(data, "path").exists():
         # Prepared on another machine and copied here: no text, no hashes to compare.
@@ -168,6 +174,22 @@ def _shorten(field: str) -> str:
     return f"raise --config.data.{field}, or split it"
 
 
+def _sampled(
+    pairs: Callable[[], Iterator[tuple[Example, Pair]]], tokenizer: Any, data: ConfigDict
+) -> Iterator[tuple[Example, Pair]]:
+    """The examples again and again, each time in pieces drawn anew, if a row has room for these."""
+    lengths = {data.source: data.source_length, data.target: data.target_length}
+    for seed in range(data.subword_samples):
+        sentencepiece.set_random_generator_seed(seed)
+        for example, pair in pairs():
+            drawn = {
+                side: tokenizer.sample(text, data.subword_alpha)
+                for side, text in example.texts.items()
+            }
+            has_room = all(len(ids) <= lengths[side] for side, ids in drawn.items())
+            yield example, (drawn.get(data.source, []), drawn[data.target]) if has_room else pair
+
+
 def _pairs(
     raw: RawText, tokenizer: RowTokenizer, data: ConfigDict, split: str, dropped: Counter
 ) -> Iterator[tuple[Example, Pair]]:
@@ -212,8 +234,13 @@ def _write_split(
             if side and split != "train"
         }
 
+        def once() -> Iterator[tuple[Example, Pair]]:
+            dropped.clear()
+            return _pairs(raw, tokenizer, data, split, dropped)
+
         def pairs() -> Iterator[Pair]:
-            for example, pair in _pairs(raw, tokenizer, data, split, dropped):
+            is_sampled = split == "train" and data.get("subword_samples")
+            for example, pair in _sampled(once, tokenizer, data) if is_sampled else once():
                 for side, file in lines.items():
                     if "\n" in example.texts[side]:
                         raise ValueError(

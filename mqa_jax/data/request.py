@@ -15,6 +15,10 @@ target_length  likewise
 pack           several sentences a row, or one
 on_invalid     blank lines and sentences longer than a row: "error", or "drop" and count them
 vocab_size     of the tokenizer, both languages jointly; of the model, where its tokenizer is used
+subword_samples, subword_alpha
+               how often the training text is written, each time cut into pieces that are drawn, and
+               how evenly: near 0 all ways to cut a text are alike (Kudo 2018, section 3.3); with 0
+               samples it is written once, in the likeliest pieces
 """
 
 import hashlib
@@ -27,7 +31,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from mqa_jax.core.checks import check_integer
+from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
 from mqa_jax.data.manifest import FORMAT, MANIFEST, Manifest
 from mqa_jax.data.tokenizer import RowTokenizer
@@ -42,6 +46,9 @@ CONTENTS = (
     *("pack", "on_invalid", "vocab_size"),
 )
 PLACES = ("path", "dir", "tfds_dir")
+
+# Fields that came later, which a config need not have, and what they are without.
+LATER = dict(subword_samples=0, subword_alpha=0.2)
 
 # No row and no vocabulary is larger; with more, numbers of bytes would come to be terabytes.
 LARGEST = 2**24
@@ -61,15 +68,15 @@ def check(data: ConfigDict) -> None:
 
 def problems(data: ConfigDict) -> Iterator[str]:
     """What is wrong with `config.data`, field by field, each with the way out."""
-    values = {name: _value(data, name) for name in (*CONTENTS, *PLACES, "splits")}
+    values = {name: _value(data, name) for name in (*CONTENTS, *PLACES, *LATER, "splits")}
     unknown = sorted(set(data) - values.keys())
     if unknown:
         yield f"config.data has no fields {unknown}, only {sorted(values)}"
     if absent := [name for name, value in values.items() if value is None]:
         yield "nothing is given for " + ", ".join(f"--config.data.{name}" for name in absent)
-    numbers = dict(source_length=0, target_length=1, vocab_size=1)
+    numbers = dict(source_length=0, target_length=1, vocab_size=1, subword_samples=0)
     typed = {name: str for name in values} | {"pack": bool, "splits": ConfigDict}
-    typed |= dict.fromkeys(numbers, object)
+    typed |= dict.fromkeys([*numbers, "subword_alpha"], object)
     wrong = set(absent)
     for name, value in values.items():
         if name not in wrong and not isinstance(value, typed[name]):
@@ -83,6 +90,11 @@ def problems(data: ConfigDict) -> Iterator[str]:
         except ValueError as error:
             wrong.add(name)
             yield str(error)
+    try:
+        if "subword_alpha" not in wrong:
+            check_number("--config.data.subword_alpha", values["subword_alpha"], above=0, most=1)
+    except ValueError as error:
+        yield str(error)
     right = {name: value for name, value in values.items() if name not in wrong}
     yield from _problems_of_sides(right)
     yield from _problems_of_places(right)
@@ -96,7 +108,7 @@ def problems(data: ConfigDict) -> Iterator[str]:
 
 def _value(data: ConfigDict, name: str) -> Any:
     try:
-        return data.get(name)
+        return data.get(name, LATER.get(name))
     except RequiredValueError:
         return None
 
@@ -181,6 +193,8 @@ def requested(
       tokenizer: one that is given, not trained.
     """
     fields = {name: data[name] for name in CONTENTS}
+    if data.get("subword_samples"):
+        fields |= {name: data.get(name, value) for name, value in LATER.items()}
     if tokenizer is not None:
         fields |= {"tokenizer": tokenizer.sha256, "ids": list(tokenizer.ids)}
     return {"format": FORMAT} | fields | {"splits": wanted_splits(data.splits), "files": files}

@@ -164,6 +164,15 @@ class Tokenizer:
         """The ids of a text: no BOS in front, EOS at the end."""
         return [*self._model.encode(text), EOS_ID]
 
+    def sample(self, text: str, alpha: float) -> list[int]:
+        """As `encode`, cut into pieces that are drawn (subword regularization, Kudo 2018).
+
+        Args:
+          alpha: what probabilities are raised to: the lower, the more all ways are alike.
+        """
+        drawn = self._model.encode(text, enable_sampling=True, nbest_size=-1, alpha=alpha)
+        return [*drawn, EOS_ID]
+
     def encode_target(self, text: str) -> list[int]:
         """As `encode`: both languages have one vocabulary."""
         return self.encode(text)

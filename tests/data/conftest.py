@@ -46,5 +46,7 @@ def config(tmp_path, text_dir):
             pack=True,
             on_invalid="error",
             vocab_size=293,
+            subword_samples=0,
+            subword_alpha=0.2,
         )
     )

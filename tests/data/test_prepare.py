@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from ml_collections import ConfigDict
 
 import mqa_jax.data
 from mqa_jax.data import prepare as prepare_module
@@ -494,3 +495,43 @@ def test_parts_that_cannot_be_are_refused(config, splits, message):
     config.splits.update(splits, test="")
     with pytest.raises(ValueError, match=message):
         prepare(config)
+
+
+def test_training_text_is_written_again_in_other_pieces(config, text_dir, tmp_path):
+    once = prepare(config)
+    config.update(dir=str(tmp_path / "sampled"), subword_samples=3, subword_alpha=0.1)
+    sampled = prepare(config)
+    assert sorted(texts(sampled, "train")) == sorted(3 * lines(text_dir, "train"))
+    ways = {tuple(target) for row in rows(sampled, "train") for _, target in row}
+    assert len(ways) > 1.5 * len(
+        {tuple(target) for row in rows(once, "train") for _, target in row}
+    )
+    for name in ("validation.array_record", "test.array_record", "tokenizer.model"):
+        assert (sampled / name).read_bytes() == (once / name).read_bytes()
+    config.dir = str(tmp_path / "again")
+    again = prepare(config)
+    assert (again / "train.array_record").read_bytes() == (
+        sampled / "train.array_record"
+    ).read_bytes()
+
+
+def test_pieces_that_a_row_has_no_room_for_are_not_taken(config, text_dir, tmp_path):
+    config.update(on_invalid="drop", source_length=9, target_length=9)
+    once = Manifest.read(prepare(config)).splits["train"]
+    config.update(dir=str(tmp_path / "sampled"), subword_samples=2, subword_alpha=0.01)
+    sampled = Manifest.read(prepare(config)).splits["train"]
+    assert once.dropped and sampled.dropped == once.dropped
+    assert sampled.examples == 2 * once.examples
+
+
+def test_other_samples_are_other_data(config):
+    config.update(subword_samples=2)
+    prepare(config)
+    config.update(subword_alpha=0.3)
+    with pytest.raises(ValueError, match="subword_alpha: was 0.2, asked 0.3"):
+        prepare(config)
+
+
+def test_a_tokenizer_of_others_is_not_sampled(config):
+    with pytest.raises(ValueError, match="subword_samples=2: the tokenizer of --config.init_from"):
+        prepare(ConfigDict(config.to_dict() | dict(subword_samples=2)), object())
