@@ -19,7 +19,7 @@ from flax import nnx
 
 from mqa_jax.attention import Attention
 from mqa_jax.attention.positions import Rope
-from mqa_jax.convert.merges import Merge, mean
+from mqa_jax.convert.merges import Merge, mean, truncated
 from mqa_jax.core.checks import check_integer
 from mqa_jax.model.transformer import EncoderDecoder, Model
 
@@ -100,7 +100,7 @@ def convert_heads(
     *,
     encoder_kv_heads: int | None = None,
     cross_kv_heads: int | None = None,
-    merge: Merge = mean,
+    merge: Merge = truncated,
     moments: Mapping[str, np.ndarray] | None = None,
     regroup: bool = False,
 ) -> Model:
@@ -144,7 +144,7 @@ def convert_attention(
     attention: Attention,
     num_kv_heads: int,
     *,
-    merge: Merge = mean,
+    merge: Merge = truncated,
     moment: np.ndarray | None = None,
     regroup: bool = False,
 ) -> Attention:
