@@ -269,8 +269,9 @@ def texts_of(source: Source, lines: list[str]) -> list[list[int]]:
 def moments_of(source: Source, lines: list[str], batch_size: int) -> dict[str, np.ndarray]:
     """Of a text as the model reads it: a translation model also reads its own translations."""
     lines = [line for line in lines if line.strip()]
-    answers: list[list[int]] = [[] for _ in lines]
+    answers: list[list[int]] | None = None
     if isinstance(source.model, EncoderDecoder):
+        answers = [[] for _ in lines]
         for i, decoded in decoder_of(source, batch_size)(source.params, lines):
             answers[i] = decoded.tokens[: int(decoded.length)].tolist()
     batches = batches_of(

@@ -261,6 +261,46 @@ def test_a_gpt2_with_one_head_is_a_gpt_bigcode(tmp_path):
     np.testing.assert_array_equal(logits(again.model), logits(narrow))
 
 
+def no_turns(heads):
+    return heads[0]
+
+
+def narrow_head(heads):
+    return heads[0][:, :3], np.zeros((len(heads), H, H))
+
+
+def turns_of_one(heads):
+    return heads[0], np.eye(H)
+
+
+def no_numbers(heads):
+    return heads[0] * np.nan, np.stack([np.eye(H)] * len(heads))
+
+
+@pytest.mark.parametrize(
+    "merge, says",
+    [
+        ("mean", "merge must be a function, .*not 'mean'"),
+        (no_turns, r"the shapes \[\(6, 11\), \(2, 6, 6\)\] for .*, and returned ndarray"),
+        (narrow_head, r"and returned \[\(6, 3\), \(2, 6, 6\)\]"),
+        (turns_of_one, r"and returned \[\(6, 11\), \(6, 6\)\]"),
+        (no_numbers, "merge returned what are no numbers"),
+    ],
+)
+@pytest.mark.parametrize("regroup", [False, True])
+def test_a_merge_of_a_user_s_own_is_looked_at(merge, says, regroup):
+    with pytest.raises(ValueError, match=says):
+        convert_attention(attention(4), 2, merge=merge, regroup=regroup)
+
+
+def test_what_is_no_module_of_ours_is_refused():
+    theirs = nnx.MultiHeadAttention(4, D + 1, decode=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="a MultiHeadAttention is no mqa_jax.Attention"):
+        convert_attention(theirs, 2)
+    with pytest.raises(ValueError, match="a MultiHeadAttention is neither an EncoderDecoder"):
+        convert_heads(theirs, 2)
+
+
 def test_where_no_merge_is_said_it_is_the_command_s():
     """What was measured to keep most, in Python as on the command line."""
     wide = attention(4)
