@@ -3,8 +3,9 @@
     mqa-jax convert --workdir=RUN --output=DIR --num_kv_heads=1
     mqa-jax convert --model=HUB_DIRECTORY --output=DIR --num_kv_heads=1
 
-What comes of a run decodes as a run (`mqa-jax decode --workdir=DIR`) and is trained further with
---config.init_from=DIR; what comes of a directory of the hub is one. Heads, parameters and bytes of
+What comes of a run decodes as a run (`mqa-jax decode --workdir=DIR`) and is trained further, for a
+tenth of the run's steps say, by `mqa-jax train --config=uptrain:0.1:DIR`; what comes of a directory
+of the hub is one, and trained further with --config.init_from=DIR. Heads, parameters and bytes of
 the cache before and after are told on standard output; the feed-forward layers stay as they are.
 
     mqa-jax convert --workdir=RUN --num_kv_heads=1 --report --input=FILE [--reference=FILE]
