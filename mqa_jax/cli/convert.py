@@ -3,8 +3,9 @@
     mqa-jax convert --workdir=RUN --output=DIR --num_kv_heads=1
     mqa-jax convert --model=HUB_DIRECTORY --output=DIR --num_kv_heads=1
 
-What comes of a run decodes as a run (`mqa-jax decode --workdir=DIR`) and is trained further with
---config.init_from=DIR; what comes of a directory of the hub is one. Heads, parameters and bytes of
+What comes of a run decodes as a run (`mqa-jax decode --workdir=DIR`) and is trained further, for a
+tenth of the run's steps say, by `mqa-jax train --config=uptrain:0.1:DIR`; what comes of a directory
+of the hub is one, and trained further with --config.init_from=DIR. Heads, parameters and bytes of
 the cache before and after are told on standard output; the feed-forward layers stay as they are.
 
     mqa-jax convert --workdir=RUN --num_kv_heads=1 --report --input=FILE [--reference=FILE]
@@ -29,9 +30,9 @@ from mqa_jax.cli.source import (
     Source,
     check_source,
     define_source,
+    read_run,
     source_of,
     source_of_run,
-    step_of,
 )
 from mqa_jax.convert import convert_heads, input_moments, kv_heads, wanted_kv_heads
 from mqa_jax.convert.calibrate import batches_of
@@ -171,7 +172,9 @@ def run(args: flags.FlagValues) -> None:
         moments=moments,
         regroup=args.regroup,
     )
-    rows, notes = rows_of_sizes(model, narrow), [f"d_ff stays {model.config.d_ff}"]
+    how = ", calibrated" * (args.calibrate is not None) + ", regrouped" * args.regroup
+    notes = [f"merge: {args.merge}{how}", f"d_ff stays {model.config.d_ff}"]
+    rows = rows_of_sizes(model, narrow)
     if args.report:
         after = dataclasses.replace(source, model=narrow, params=nnx.state(narrow))
         reported, signature = report(args, source, after, texts["input"], texts.get("reference"))
@@ -202,10 +205,7 @@ def abstract_model(args: flags.FlagValues) -> Model:
 
 def load_run(args: flags.FlagValues) -> tuple[Any, Source]:
     """The `Run` of --workdir."""
-    from mqa_jax.train import workdir as workdirs
-
-    workdir = local_path("--workdir", args.workdir)
-    run = workdirs.load_run(workdir, step=step_of(args), average=args.average)
+    run = read_run(args)
     model = nnx.merge(nnx.graphdef(run.model), run.params)
     return run, dataclasses.replace(source_of_run(run), model=model)
 
@@ -269,8 +269,9 @@ def texts_of(source: Source, lines: list[str]) -> list[list[int]]:
 def moments_of(source: Source, lines: list[str], batch_size: int) -> dict[str, np.ndarray]:
     """Of a text as the model reads it: a translation model also reads its own translations."""
     lines = [line for line in lines if line.strip()]
-    answers: list[list[int]] = [[] for _ in lines]
+    answers: list[list[int]] | None = None
     if isinstance(source.model, EncoderDecoder):
+        answers = [[] for _ in lines]
         for i, decoded in decoder_of(source, batch_size)(source.params, lines):
             answers[i] = decoded.tokens[: int(decoded.length)].tolist()
     batches = batches_of(
@@ -312,6 +313,7 @@ def report(
     from mqa_jax.measure.roofline import abstract_caches, kv_bytes
     from mqa_jax.train.metrics import bleu, exact_match
 
+    check_lengths(args, before, lines, references)
     notes, columns = [], []
     sources, sizes = (before, after), (args.batch_size, args.context)
     times = step_milliseconds([source.model for source in sources], *sizes)
@@ -330,6 +332,23 @@ def report(
         columns.append(column)
     notes.append(f"a decode step: {args.batch_size} rows behind {args.context} tokens each")
     return [(name, was, columns[1][name]) for name, was in columns[0].items()], notes
+
+
+def check_lengths(
+    args: flags.FlagValues, source: Source, lines: list[str], references: list[str] | None
+) -> None:
+    """Raises a ValueError, before anything is measured, for lines that there is no room for."""
+    most = source.model.config.max_length
+    texts = [(args.input, texts_of(source, lines))]
+    if references is not None:
+        texts.append((args.reference, [source.tokenizer.encode_target(x) for x in references]))
+    for file, rows in texts:
+        if long := [(i, len(ids)) for i, ids in enumerate(rows, start=1) if len(ids) > most]:
+            more = f" (and {len(long) - 1} more lines are too long)" if long[1:] else ""
+            raise ValueError(
+                f"{file}, line {long[0][0]} has {long[0][1]} tokens, and the model knows {most} "
+                f"positions{more}: shorten or split what is too long"
+            )
 
 
 def loss_of(

@@ -85,7 +85,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "stop",
         [],
-        "a string that ends an output, of which it is no part; may be given again",
+        "a string that ends an output, of which it is no part",
         flag_values=values,
     )
     boolean("sample", False, "draw tokens instead of taking the best")

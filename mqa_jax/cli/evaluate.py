@@ -117,7 +117,8 @@ def run(args: flags.FlagValues) -> None:
     if lines is None:
         text = _of_split(args, is_translation, batch_size)
     else:
-        text = _of_files(lines, tokenizer, source.model.config.max_length, batch_size)
+        files = [file for file in (args.input, args.reference) if file is not None]
+        text = _of_files(files, lines, tokenizer, source.model.config.max_length, batch_size)
     params = jax.device_put(source.params, NamedSharding(mesh, PartitionSpec()))
     figures = _of_tokens(source, tokenizer, params, mesh, text)
     if text.sources is not None:
@@ -167,6 +168,7 @@ def _read(args: flags.FlagValues) -> tuple[list[str] | None, list[str]]:
 
 
 def _of_files(
+    files: list[str],
     lines: tuple[list[str] | None, list[str]],
     tokenizer: RowTokenizer,
     max_length: int,
@@ -190,7 +192,9 @@ def _of_files(
         [targets[i] for i in kept],
         max_length=max_length,
         batch_size=batch_size,
-        name=lambda number: f"line {kept[number - 1] + 1}",
+        name=lambda number, is_source: (
+            f"{files[0] if is_source else files[-1]}, line {kept[number - 1] + 1}"
+        ),
     )
     return Text(sources, targets, batches)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,23 @@ def load_source(args: flags.FlagValues) -> Source:
     return _load_run(args) if args.model is None else _load_pretrained(args)
 
 
-def _load_run(args: flags.FlagValues) -> Source:
+def read_run(args: flags.FlagValues) -> Any:
+    """The `mqa_jax.train.workdir.Run` that the flags name; whose weights it has is told where they
+    leave it open."""
     from mqa_jax.train import workdir as workdirs
 
     workdir = local_path("--workdir", args.workdir)
     run = workdirs.load_run(workdir, step=step_of(args), average=args.average)
+    if args.average > 1:
+        told = f"weights: the mean of {args.average} checkpoints up to that of step {run.step}"
+        print(told, file=sys.stderr)
+    elif args.step == "best":
+        print(f"weights: the best checkpoint, of step {run.step}", file=sys.stderr)
+    return run
+
+
+def _load_run(args: flags.FlagValues) -> Source:
+    run, workdir = read_run(args), local_path("--workdir", args.workdir)
     if (generation := getattr(run.tokenizer, "generation", None)) is not None:
         take_defaults(args, generation, workdir)
     return source_of_run(run)

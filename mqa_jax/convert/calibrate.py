@@ -16,6 +16,7 @@ from jax import Array
 
 from mqa_jax.attention import Attention, causal_mask
 from mqa_jax.convert.heads import attentions
+from mqa_jax.core.checks import check_integer
 from mqa_jax.model.transformer import EncoderDecoder, Model
 
 BUCKET = 16  # Rows are padded to a multiple, so that a text needs a handful of compilations.
@@ -72,17 +73,46 @@ def batches_of(
       model: of which task it is decides.
       prompts: ids of a language model's texts, or of sources; what is longer than the model knows
         positions for is cut.
-      answers: of translations, the ids of each one's target, without `bos_id`.
+      answers: of translations, the ids of each one's target, without `bos_id`; the sources
+        themselves when None.
       bos_id: what a target begins with.
       batch_size: rows at a time.
+
+    Raises:
+      ValueError: answers for a model that has none, or not one for each prompt; an id that the
+        model has no vector for.
     """
+    check_integer("batch_size", batch_size)
+    if answers is not None:
+        if not isinstance(model, EncoderDecoder):
+            raise ValueError(
+                f"a {type(model).__name__} reads prompts alone, not answers: put them behind these"
+            )
+        if len(answers) != len(prompts):
+            raise ValueError(f"there are {len(answers)} answers for {len(prompts)} prompts")
+    vocab_size = model.config.vocab_size
+    for what, texts in (("prompt", prompts), ("answer", answers or []), ("bos_id", [[bos_id]])):
+        for i, ids in enumerate(texts):
+            if outside := [id for id in ids if not 0 <= id < vocab_size]:
+                where = what if what == "bos_id" else f"{what} {i}"
+                raise ValueError(f"{where} has the id {outside[0]}, of {vocab_size} that there are")
+    return _batches_of(model, prompts, answers or prompts, bos_id, batch_size)
+
+
+def _batches_of(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    bos_id: int,
+    batch_size: int,
+) -> Iterator[dict[str, Any]]:
     longest = model.config.max_length
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         ids_BT, segments_BT = _padded([prompts[i] for i in rows], longest)
         if isinstance(model, EncoderDecoder):
-            targets = [[bos_id, *(answers or prompts)[i]] for i in rows]
+            targets = [[bos_id, *answers[i]] for i in rows]
             target_BT, target_segments_BT = _padded(targets, longest)
             yield dict(
                 source_tokens_BS=ids_BT,

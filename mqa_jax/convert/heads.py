@@ -19,9 +19,9 @@ from flax import nnx
 
 from mqa_jax.attention import Attention
 from mqa_jax.attention.positions import Rope
-from mqa_jax.convert.merges import Merge, mean
+from mqa_jax.convert.merges import Merge, Merged, mean, truncated
 from mqa_jax.core.checks import check_integer
-from mqa_jax.model.transformer import EncoderDecoder, Model
+from mqa_jax.model.transformer import DecoderOnly, EncoderDecoder, Model
 
 # Of the mean of a moment's diagonal, added to it: what text never shows is still weighed a little.
 RIDGE = 1e-6
@@ -48,7 +48,16 @@ class Place(NamedTuple):
 
 
 def attentions(model: Model) -> Iterator[Place]:
-    """Every attention of a model, those of the decoder first."""
+    """Every attention of a model, those of the decoder first.
+
+    Raises:
+      ValueError: it is none of this package's two.
+    """
+    if not isinstance(model, EncoderDecoder | DecoderOnly):
+        raise ValueError(
+            f"a {type(model).__name__} is neither an EncoderDecoder nor a DecoderOnly: convert "
+            "each Attention of a model of your own with convert_attention"
+        )
     for i, layer in enumerate(model.decoder.layers):
         yield Place("num_kv_heads", f"decoder.layers.{i}.attention", layer, "attention")
         if isinstance(model, EncoderDecoder):
@@ -100,7 +109,7 @@ def convert_heads(
     *,
     encoder_kv_heads: int | None = None,
     cross_kv_heads: int | None = None,
-    merge: Merge = mean,
+    merge: Merge = truncated,
     moments: Mapping[str, np.ndarray] | None = None,
     regroup: bool = False,
 ) -> Model:
@@ -119,7 +128,8 @@ def convert_heads(
 
     Raises:
       ValueError: a number of heads that does not divide those that there are, or is of a part that
-        the model does not have; moments of another model.
+        the model does not have; moments of another model; a merge that returns anything else than
+        numbers of the right shapes; a `model` that is neither of this package's two.
     """
     wanted = wanted_kv_heads(model, num_kv_heads, encoder_kv_heads, cross_kv_heads)
     converted, config = nnx.clone(model), model.config
@@ -144,7 +154,7 @@ def convert_attention(
     attention: Attention,
     num_kv_heads: int,
     *,
-    merge: Merge = mean,
+    merge: Merge = truncated,
     moment: np.ndarray | None = None,
     regroup: bool = False,
 ) -> Attention:
@@ -168,8 +178,14 @@ def convert_attention(
 
     Raises:
       ValueError: `num_kv_heads` does not divide those that there are; a moment of another shape,
-        or of no inputs.
+        or of no inputs; a merge that returns anything else than numbers of the right shapes;
+        `attention` is of another class.
     """
+    if not isinstance(attention, Attention):
+        raise ValueError(
+            f"a {type(attention).__name__} is no mqa_jax.Attention: copy its weights into one, as "
+            "docs/guides/converting.md does with Flax's"
+        )
     had = attention.key.shape[0]
     _check_divides("num_kv_heads", num_kv_heads, had)
     converted = nnx.clone(attention)
@@ -253,7 +269,7 @@ class _Heads:
         for i, j in itertools.combinations(range(count), 2):
             for block in self._blocks:
                 pair = block[[i, j]]
-                own, turns = self._merge(pair)
+                own, turns = _merged(self._merge, pair)
                 loss_KK[[i, j], [j, i]] += np.sum(np.abs(pair - turns @ own) ** 2)
         return loss_KK / (sum(np.sum(np.abs(block) ** 2) for block in self._blocks) or 1.0)
 
@@ -262,7 +278,9 @@ class _Heads:
         `[K, H, H]`."""
         merged, turns = [], []
         for group in groups:
-            own, turn = zip(*(self._merge(block[group]) for block in self._blocks), strict=True)
+            own, turn = zip(
+                *(_merged(self._merge, block[group]) for block in self._blocks), strict=True
+            )
             if self._is_turned:
                 own_hD = np.concatenate(own)
                 merged.append(np.concatenate([own_hD.real, own_hD.imag]))
@@ -279,6 +297,28 @@ class _Heads:
             bias = _like(bias, merged_KHD[..., -1])
             merged_KHD = merged_KHD[..., :-1]
         return _like(self._weight, merged_KHD), bias, np.concatenate(turns)
+
+
+def _merged(merge: Merge, heads_MbD: np.ndarray) -> Merged:
+    """What `merge` makes of the heads of a group, looked at: it may be anybody's."""
+    if not callable(merge):
+        raise ValueError(
+            f"merge must be a function, such as mqa_jax.convert.merges.truncated, not {merge!r}"
+        )
+    found = merge(heads_MbD)
+    count, size, inputs = heads_MbD.shape
+    wanted = [(size, inputs), (count, size, size)]
+    is_pair = isinstance(found, tuple | list)
+    shapes = [np.shape(array) for array in found] if is_pair else type(found).__name__
+    if shapes != wanted:
+        raise ValueError(
+            f"merge must return the merged head and the turns, of the shapes {wanted} for heads of "
+            f"{heads_MbD.shape}, and returned {shapes}"
+        )
+    own, turns = map(np.asarray, found)
+    if not (np.isfinite(own).all() and np.isfinite(turns).all()):
+        raise ValueError("merge returned what are no numbers: are the weights that it was given?")
+    return own, turns
 
 
 def _root(moment: np.ndarray, inputs: int) -> np.ndarray:

@@ -73,7 +73,7 @@ def truncated(heads_MbD: np.ndarray) -> Merged:
     return kept.conj().T @ stacked, kept.reshape(count, size, size)
 
 
-DEFAULT = "truncated"  # Of the command: see docs/guides/converting.md.
+DEFAULT = "truncated"  # Of the command; `heads` has it, too: see docs/guides/converting.md.
 
 MERGES: dict[str, Callable[[], Merge]] = {
     "mean": lambda: mean,

@@ -18,7 +18,7 @@ def text_batches(
     *,
     max_length: int,
     batch_size: int,
-    name: Callable[[int], str] = "line {}".format,
+    name: Callable[[int, bool], str] = "line {}".format,
 ) -> list[dict[str, np.ndarray]]:
     """Batches as `mqa_jax.data.loader` makes them: all lines, packed, and padding behind them.
 
@@ -27,28 +27,33 @@ def text_batches(
       targets: the lines; none is blank.
       max_length: positions that the model knows.
       batch_size: rows of each batch.
-      name: what errors call a line, from its number, which counts from 1.
+      name: what errors call a line, from its number, which counts from 1, and whether it is of
+        `sources`.
 
     Raises:
       ValueError: a line has more tokens than there are positions, or within what is encoded as the
         end of a text.
     """
-    pairs = list[Pair]()
+    pairs, too_long = list[Pair](), list[str]()
     for number, target in enumerate(targets, start=1):
         source = [] if sources is None else tokenizer.encode(sources[number - 1])
         pair = source, tokenizer.encode_target(target)
-        for ids in pair:
+        for ids, is_source in zip(pair, (True, False), strict=True):
+            where = name(number, is_source)
             if len(ids) > max_length:
-                raise ValueError(
-                    f"{name(number)} has {len(ids)} tokens, and the model knows {max_length} "
-                    "positions: shorten or split it"
-                )
+                too_long.append(f"{where} has {len(ids)} tokens")
             if tokenizer.ids.eos in ids[:-1]:
                 raise ValueError(
-                    f"{name(number)} has, within, what is encoded as {tokenizer.ids.eos}, the id "
+                    f"{where} has, within, what is encoded as {tokenizer.ids.eos}, the id "
                     "that ends a text: take it out"
                 )
         pairs.append(pair)
+    if too_long:
+        more = f" (and {len(too_long) - 1} more lines are too long)" if too_long[1:] else ""
+        raise ValueError(
+            f"{too_long[0]}, and the model knows {max_length} positions{more}: shorten or split "
+            "what is too long"
+        )
     longest = max((len(ids) for pair in pairs for ids in pair), default=0)
     length = min(max(longest, ROW_LENGTH), max_length)
     lengths = 0 if sources is None else length, length

@@ -55,7 +55,8 @@ def save(
     model, kind = pretrained.model, family_named(family or pretrained.family)
     if not isinstance(model, MODELS[kind.task]):
         raise ValueError(
-            f"a {kind.model_type} is a {MODELS[kind.task].__name__}, not a {type(model).__name__}"
+            f"a {kind.model_type} is of the class {MODELS[kind.task].__name__}, not "
+            f"{type(model).__name__}: give another family"
         )
     config = write_options(kind, model.config)
     generation = write_generation(pretrained.generation)

@@ -65,7 +65,7 @@ def test_a_translation_model_of_the_hub_and_what_its_parts_become(hub_model, tmp
     before, after = (int(x.replace(",", "")) for x in table(told)["parameters"])
     # Two heads less of key and of value, in two decoder layers and three encoder layers.
     assert before - after == 2 * 2 * 7 * 22 * (2 + 3)
-    assert "d_ff stays 29" in told
+    assert "merge: truncated\nd_ff stays 29" in told
     config = hub.load("out").model.config
     assert (config.num_kv_heads, config.cross_kv_heads, config.encoder_kv_heads) == (1, 3, 1)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
@@ -138,6 +138,12 @@ def test_a_report_before_any_training(hub_model, tmp_path, capsys):
     total += sum(logits[1, i, id] for i, id in enumerate([2, 1]))
     assert float(rows["loss, nats a token"][0]) == pytest.approx(-total / 5, abs=1e-3)
     assert "BLEU, greedy" not in rows
+    # What there is no room for is named with its file, before anything is measured.
+    (tmp_path / "in.txt").write_text("w3 w5\n\n" + "w7 " * 99 + "\n" + "w9 " * 98 + "\n")
+    assert convert(f"--model={given}", *report, "--calibrate=in.txt", "--regroup") == 2
+    told = capsys.readouterr()
+    assert "error: in.txt, line 3 has " in told.err and "(and 1 more lines are" in told.err
+    assert told.out == ""
 
 
 T5 = ["--num_kv_heads=1", "--output=out"]

@@ -97,6 +97,8 @@ def test_a_step_or_a_mean_is_decoded(project, tmp_path, capfd):
     newest, code = outputs()
     assert code == 0 and outputs("--step=8")[0] == newest
     assert outputs("--average=2")[1] == outputs("--step=6", "--average=1")[1] == 0
+    main(["decode", f"--workdir={tmp_path}/run", text, "--max_new_tokens=9", "--average=2"])
+    assert "weights: the mean of 2 checkpoints up to that of step 8\n" in capfd.readouterr().err
     errors, code = outputs("--step=7")
     assert code == 2 and "no checkpoint of step 7" in errors and "of steps 8, 6\n" in errors
     errors, code = outputs("--step=best")

@@ -111,7 +111,11 @@ def test_what_cannot_be_evaluated_is_refused(project, tmp_path, monkeypatch, cap
     long, blank = tmp_path / "long", tmp_path / "blank"
     long.write_text("\none two\n" + "three " * 60 + "\n")
     error = refused(capfd, run, f"--input={long}", f"--reference={long}")
-    assert "line 3 has 362 tokens, and the model knows 40 positions" in error
+    assert f"{long}, line 3 has 362 tokens, and the model knows 40 positions (and 1 more" in error
+    short = tmp_path / "short"
+    short.write_text("\none two\nthree\n")
+    error = refused(capfd, run, f"--input={short}", f"--reference={long}")
+    assert f"{long}, line 3 has" in error and "positions: shorten or split" in error
     blank.write_text("\n\n")
     error = refused(capfd, run, f"--input={blank}", f"--reference={blank}")
     assert "has no line that is not blank" in error

@@ -146,3 +146,20 @@ def test_moments_of_another_model_are_refused():
     moments = input_moments(other, batches_of(other, TEXTS))
     with pytest.raises(ValueError, match="not the model's attentions"):
         convert_heads(model, 1, moments=moments)
+
+
+def test_texts_that_a_model_cannot_read_are_refused():
+    """Before anything is computed, and none is left out in silence."""
+    translates, continues = (model_of("plain", cls) for cls in (EncoderDecoder, DecoderOnly))
+    with pytest.raises(ValueError, match="there are 1 answers for 2 prompts"):
+        batches_of(translates, [[1], [2]], [[3]])
+    with pytest.raises(ValueError, match="a DecoderOnly reads prompts alone, not answers"):
+        batches_of(continues, [[1], [2]], [[3], [4]])
+    for prompts, answers, where in (
+        ([[1], [2, 99]], [[3], [4]], "prompt 1 has the id 99"),
+        ([[1], [2]], [[3], [-1]], "answer 1 has the id -1"),
+    ):
+        with pytest.raises(ValueError, match=where):
+            batches_of(translates, prompts, answers)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        batches_of(continues, [[1]], batch_size=0)

@@ -13,7 +13,7 @@ from flax import nnx
 import mqa_jax
 from mqa_jax.attention.positions import Rope
 from mqa_jax.convert import convert_attention, convert_heads
-from mqa_jax.convert.merges import MERGES, aligned, first, mean, truncated
+from mqa_jax.convert.merges import DEFAULT, MERGES, aligned, first, mean, truncated
 from mqa_jax.decode.generate import Generator
 from mqa_jax.decode.search import greedy
 from mqa_jax.hub import load, save
@@ -121,8 +121,9 @@ def test_heads_that_are_turned_alike_are_found_to_be_alike(options, merge):
     np.testing.assert_allclose(run(turned), run(wide), rtol=2e-4, atol=2e-5)
     merged = convert_attention(turned, 1, merge=merge)
     np.testing.assert_allclose(run(merged), run(wide), rtol=1e-3, atol=1e-4)
+    pooled = convert_attention(turned, 1, merge=mean)
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(run(convert_attention(turned, 1)), run(wide), rtol=0.1)
+        np.testing.assert_allclose(run(pooled), run(wide), rtol=0.1)
 
 
 @pytest.mark.parametrize("merge", MERGES)
@@ -146,7 +147,7 @@ def test_what_is_computed_is_what_the_merge_says(merge):
 
 def test_the_mean_with_rope_is_that_of_the_rotated_keys():
     wide = attention(4, **OPTIONS["rope_bias"])
-    narrow = convert_attention(wide, 2)
+    narrow = convert_attention(wide, 2, merge=mean)
     x = jax.random.normal(jax.random.key(5), (B, T, D))
     positions = jnp.tile(jnp.arange(T) + 5, (B, 1))
     own, _ = narrow.project_key_value(x, positions)
@@ -260,6 +261,58 @@ def test_a_gpt2_with_one_head_is_a_gpt_bigcode(tmp_path):
     np.testing.assert_array_equal(logits(again.model), logits(narrow))
 
 
+def no_turns(heads):
+    return heads[0]
+
+
+def narrow_head(heads):
+    return heads[0][:, :3], np.zeros((len(heads), H, H))
+
+
+def turns_of_one(heads):
+    return heads[0], np.eye(H)
+
+
+def no_numbers(heads):
+    return heads[0] * np.nan, np.stack([np.eye(H)] * len(heads))
+
+
+@pytest.mark.parametrize(
+    "merge, says",
+    [
+        ("mean", "merge must be a function, .*not 'mean'"),
+        (no_turns, r"the shapes \[\(6, 11\), \(2, 6, 6\)\] for .*, and returned ndarray"),
+        (narrow_head, r"and returned \[\(6, 3\), \(2, 6, 6\)\]"),
+        (turns_of_one, r"and returned \[\(6, 11\), \(6, 6\)\]"),
+        (no_numbers, "merge returned what are no numbers"),
+    ],
+)
+@pytest.mark.parametrize("regroup", [False, True])
+def test_a_merge_of_a_user_s_own_is_looked_at(merge, says, regroup):
+    with pytest.raises(ValueError, match=says):
+        convert_attention(attention(4), 2, merge=merge, regroup=regroup)
+
+
+def test_what_is_no_module_of_ours_is_refused():
+    theirs = nnx.MultiHeadAttention(4, D + 1, decode=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="a MultiHeadAttention is no mqa_jax.Attention"):
+        convert_attention(theirs, 2)
+    with pytest.raises(ValueError, match="a MultiHeadAttention is neither an EncoderDecoder"):
+        convert_heads(theirs, 2)
+
+
+def test_where_no_merge_is_said_it_is_the_command_s():
+    """What was measured to keep most, in Python as on the command line."""
+    wide = attention(4)
+    said = nnx.state(convert_attention(wide, 2, merge=MERGES[DEFAULT]()))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(convert_attention(wide, 2)), said)
+    sizes = dict(vocab_size=7, d_model=D, d_ff=5, num_layers=1, num_heads=N, head_dim=H)
+    config = mqa_jax.TransformerConfig(**sizes, num_kv_heads=4, max_length=9)
+    model = mqa_jax.DecoderOnly(config, rngs=nnx.Rngs(0))
+    said = nnx.state(convert_heads(model, 2, merge=MERGES[DEFAULT]()))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(convert_heads(model, 2)), said)
+
+
 def test_parts_apart():
     sizes = dict(vocab_size=7, d_model=D, d_ff=5, num_layers=2, num_heads=N, head_dim=H)
     config = mqa_jax.TransformerConfig(**sizes, num_kv_heads=8, max_length=9)
@@ -332,7 +385,7 @@ def test_heads_with_biases_of_their_own_are_not_regrouped(tmp_path):
         value = np.array(module.value[...])
         value[2], value[3] = value[0], value[1]
         module.key[...], module.value[...] = jnp.asarray(key), jnp.asarray(value)
-    found = convert_heads(model, 2, regroup=True).decoder.layers[0]
+    found = convert_heads(model, 2, merge=mean, regroup=True).decoder.layers[0]
     np.testing.assert_array_equal(found.attention.query[...], layer.attention.query[...])
     # Cross-attention has no such bias.
     query = layer.cross_attention.query[...]

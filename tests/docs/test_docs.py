@@ -13,10 +13,12 @@ import pytest
 from checkpoints import write, write_words
 from running import CACHED
 
+import mqa_jax
 from mqa_jax.hub import load
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+CODE = re.compile(r"```py(?:thon)?\n(.*?)```", flags=re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
@@ -46,6 +48,30 @@ def test_the_pages_that_promise_examples_have_them():
     promising = {example.id.rpartition("-")[0] for example in EXAMPLES}
     guides = {f"docs/guides/{name}.md" for name in ("importing", "measuring", "converting")}
     assert guides | {"README.md", "docs/decoding.md", "docs/guides/serving.md"} <= promising
+
+
+def test_the_api_pages_have_what_is_public_and_what_pages_name():
+    pages = "".join(map(read, PAGES))
+    code = "\n".join(block for page in PAGES for block in CODE.findall(read(page)))
+    listed = set(re.findall(r"^::: (\S+)", pages, flags=re.MULTILINE))
+    wanted = {f"mqa_jax.{name}" for name in mqa_jax.__all__}
+    for module, names in re.findall(r"^from (mqa_jax[\w.]*) import (.+)$", code, re.MULTILINE):
+        wanted |= {f"{module}.{name}" for name in names.split(", ")}
+    guides = "".join(read(page) for page in PAGES if page.stem not in ("results", "decisions"))
+    wanted |= set(re.findall(r"`(mqa_jax\.[\w.]+\w)(?:\(|`)", guides))
+    short = {entry.rpartition(".")[2] for entry in listed}  # What is public has two addresses.
+    missing = {
+        name
+        for name in wanted
+        if name.rpartition(".")[2] not in short
+        and not any(f"{name}.".startswith(f"{entry}.") for entry in listed)
+        and not any(f"{entry}.".startswith(f"{name}.") for entry in listed)
+    }
+    assert not missing
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

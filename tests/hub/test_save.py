@@ -82,7 +82,7 @@ def test_a_model_alone_is_saved_as_what_is_said(tmp_path):
     assert "eos_token_id" not in json.loads((tmp_path / "saved/config.json").read_text())
     with pytest.raises(ValueError, match="'bert' is not a supported model type: gpt2, "):
         save(tmp_path / "other", pretrained.model, family="bert")
-    with pytest.raises(ValueError, match="a t5 is a EncoderDecoder, not a DecoderOnly"):
+    with pytest.raises(ValueError, match="a t5 is of the class EncoderDecoder, not DecoderOnly"):
         save(tmp_path / "other", pretrained.model, family="t5")
     with pytest.raises(ValueError, match="llama cannot say bias="):
         save(tmp_path / "other", pretrained.model, family="llama")
