@@ -12,6 +12,7 @@ later is found by the manifest before a byte of it is used. Whatever else lies i
 not ours, and left as it is.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -278,11 +279,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is signed; raises what `wait` does."""
+        told: contextlib.AbstractContextManager = contextlib.suppress(OSError)
         try:
             self.wait()
+            told = contextlib.nullcontext()  # Else Orbax says again, and less well, what failed.
         finally:
             self._pool.shutdown()
-            self._checkpointer.close()
+            with told:
+                self._checkpointer.close()
             if self._link:
                 self._link.cleanup()
 

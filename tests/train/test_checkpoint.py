@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import time
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -292,6 +293,25 @@ def test_an_error_waits_for_the_save_and_stays_the_error(tmp_path, caplog, monke
     # Without another error it is one.
     with pytest.raises(SaveError, match="checkpoint 6"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state("adamw", 1, step=6))
+
+
+def test_what_orbax_says_as_it_is_closed_does_not_hide_the_save_that_failed(tmp_path):
+    for failed, expected in ((True, SaveError), (False, OSError)):
+        checkpoints = Checkpoints(tmp_path)
+        if failed:
+            future = Future()
+            future.set_exception(OSError(28, "No space left on device"))
+            checkpoints._saving = 6, future
+        close = checkpoints._checkpointer.close
+
+        def close_badly(close=close):
+            close()
+            raise OSError(28, "of its metadata")
+
+        checkpoints._checkpointer.close = close_badly
+        with pytest.raises(expected) as found:
+            checkpoints.close()
+        assert ("checkpoint 6 could not be written" in str(found.value)) == failed
 
 
 def test_what_the_run_says_of_itself_is_signed(tmp_path):
