@@ -421,6 +421,28 @@ def test_when_all_are_damaged_all_are_named_and_left(two_checkpoints, tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_that_goes_on_as_it_is_read(two_checkpoints, tmp_path, monkeypatch, is_named):
+    """It signs a newer one, and lets go of all others."""
+    damage, newest = checkpoint._damage, tmp_path / "9"
+    for step in ("4", "6"):
+        shutil.copytree(two_checkpoints[0] / step, tmp_path / step)
+
+    def meanwhile(folder):
+        if not newest.exists():
+            (tmp_path / "6").rename(newest)
+            shutil.rmtree(tmp_path / "4")
+        return damage(folder)
+
+    monkeypatch.setattr(checkpoint, "_damage", meanwhile)
+    with Checkpoints(tmp_path) as checkpoints:
+        if not is_named:
+            assert checkpoints.whole_step() == 9
+        else:
+            with pytest.raises(ValueError, match="no checkpoint of step 6 .* of steps 9"):
+                checkpoints.run(6)
+
+
 @pytest.mark.parametrize("left", ["7.unsigned", "7.unsigned.orbax-checkpoint-tmp"])
 def test_what_was_never_finished_is_not_used_and_in_nobodys_way(
     two_checkpoints, tmp_path, caplog, left
