@@ -44,13 +44,20 @@ def get_config(variant: str) -> ConfigDict:
     train = fields["train"]
     steps = max(1, round(alpha * train["steps"]))
     warmup_steps = round(WARMUP * steps)
-    scaled = ("log_every", "evaluate_every", "checkpoint_every")
+    every = {
+        name: max(1, round(alpha * train[name]))
+        for name in ("log_every", "evaluate_every", "checkpoint_every")
+    }
+    if train["best"]:  # A checkpoint of each evaluation, which rounding alone may not leave.
+        each = train["evaluate_every"] // train["checkpoint_every"]
+        every["evaluate_every"] = each * every["checkpoint_every"]
     if not was.get("init_from"):
         # Prepared anew: that directory's is data with a tokenizer of its own, not with a given one.
         fields["data"] = fields["data"] | dict(dir="")
-    fields["init_from"] = directory
+    # Of the optimizer there is nothing to continue, though the run itself may have begun so.
+    fields |= dict(init_from=directory, init_optimizer="fresh")
     fields["train"] = train | dict(
-        {name: max(1, round(alpha * train[name])) for name in scaled},
+        every,
         steps=steps,
         learning_rate=RATE * train["learning_rate"],
         hold_steps=max(train["hold_steps"], train["steps"]),

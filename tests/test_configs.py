@@ -228,6 +228,16 @@ def test_uptraining_what_began_from_another_model_keeps_its_data(tmp_path):
     assert (found.train.steps, found.train.log_every, found.train.evaluate_every) == (6, 1, 2)
 
 
+def test_uptraining_begins_with_a_fresh_optimizer_and_saves_at_each_evaluation(tmp_path):
+    was = quickstart.get_config("multi_head")
+    was.init_from, was.init_optimizer = "somewhere", "continued"
+    was.train.update(best="loss", evaluate_every=6, checkpoint_every=3)
+    config = uptrain.get_config(f"0.5:{converted(tmp_path / 'run', was)}")
+    check_config(config)  # 3 and 1.5 are 3 and 2 when each is rounded.
+    assert config.init_optimizer == "fresh"
+    assert (config.train.evaluate_every, config.train.checkpoint_every) == (4, 2)
+
+
 def test_what_cannot_be_uptrained_is_refused(tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/config.json").write_text('{"model_type": "gpt2"}')

@@ -107,7 +107,7 @@ def check(args: flags.FlagValues) -> Model:
         ],
     )
     check_integer("--seed", args.seed, least=0)
-    check_integer("--batch_size", args.batch_size)
+    check_integer("--batch_size", args.batch_size, most=2**31 - 1)
     if args.output is not None:
         new_directory("--output", args.output)
     model = abstract_model(args)

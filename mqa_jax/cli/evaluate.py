@@ -14,7 +14,6 @@ All devices of this machine are used. Pairs with a blank line are not counted in
 import functools
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ from mqa_jax.cli.searching import (
 )
 from mqa_jax.cli.source import Source, check_source, define_source, load_source
 from mqa_jax.core.extras import require
-from mqa_jax.core.paths import local_path
+from mqa_jax.core.paths import check_place, local_path, write_whole
 from mqa_jax.core.sharding import ShardingRules, make_mesh
 from mqa_jax.data.tokenizer import RowTokenizer
 from mqa_jax.decode.lines import LineDecoder
@@ -92,11 +91,25 @@ def check(args: flags.FlagValues) -> None:
     check_search(args)
     if args.model is None or args["beam_size"].present:
         check_beams(args)  # Else the directory may ask for some.
-    if (
-        args.output is not None
-        and not (path := local_path("--output", args.output)).parent.is_dir()
-    ):
+    if args.output is not None:
+        _check_output(args, local_path("--output", args.output))
+
+
+def _check_output(args: flags.FlagValues, path: Path) -> None:
+    """Raises a ValueError for a file that is an input too, or that could not be written."""
+    if not path.parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no directory {path.parent}")
+    check_place("--output", path)
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"--output {args.output} is there, and is no file: give another")
+    for name in ("input", "reference"):
+        if (value := args[name].value) is None:
+            continue
+        text = local_path(f"--{name}", value)
+        if text.exists() and path.samefile(text):
+            raise ValueError(f"--output {args.output} is the --{name} too: give another one")
 
 
 def run(args: flags.FlagValues) -> None:
@@ -125,7 +138,9 @@ def run(args: flags.FlagValues) -> None:
         figures |= _of_translations(args, source, params, mesh, text.sources, text.targets)
     _tell(figures)
     if args.output is not None:
-        _write(local_path("--output", args.output), figures)
+        # What a link leads to is replaced, not the link.
+        path = local_path("--output", args.output).resolve()
+        write_whole(path, json.dumps(figures, indent=2) + "\n")
 
 
 def _task(args: flags.FlagValues) -> str:
@@ -274,10 +289,3 @@ def _tell(figures: dict[str, Any]) -> None:
         for name, shown in (("bleu", "BLEU"), ("chrf", "chrF")):
             print(f"{shown} {figures[name]:.2f}  ({figures['signatures'][name]})")
         print(f"exact match {100 * figures['exact_match']:.1f} %")
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    """The file appears with all of its text, or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -16,7 +16,7 @@ from absl import flags
 from mqa_jax.cli.arguments import refuse_idle
 from mqa_jax.cli.source import check_run, define_run, step_of
 from mqa_jax.core.extras import require
-from mqa_jax.core.paths import local_path
+from mqa_jax.core.paths import check_place, local_path
 
 
 def define(values: flags.FlagValues) -> None:
@@ -36,6 +36,7 @@ def run(args: flags.FlagValues) -> None:
     is_directory = output.suffix != ".npz"
     refuse_idle(args, [(is_directory, "for a file, which is of no family", "family")])
     check_run(args)
+    check_place("--output", output)
     if output.exists():
         raise ValueError(f"--output {args.output} is there already: give another, or remove it")
 

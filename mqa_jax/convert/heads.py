@@ -322,7 +322,7 @@ def _merged(merge: Merge, heads_MbD: np.ndarray) -> Merged:
 
 
 def _root(moment: np.ndarray, inputs: int) -> np.ndarray:
-    """`L` of `L @ L.T`, which is the moment and a little more."""
+    """`R` of `R @ R.T`, which is the moment and a little more."""
     moment_DD = np.asarray(moment, np.float64)
     if moment_DD.shape != (inputs, inputs):
         raise ValueError(
@@ -332,7 +332,10 @@ def _root(moment: np.ndarray, inputs: int) -> np.ndarray:
     power = np.trace(moment_DD) / inputs
     if not (np.isfinite(moment_DD).all() and power > 0):
         raise ValueError("moment is of no inputs, or of some that are no numbers")
-    return np.linalg.cholesky(moment_DD + RIDGE * power * np.eye(inputs))
+    # Of a moment that was added up in float32 the small ones may be less than 0, by more than a
+    # share of the mean makes up for where a few are much larger than the rest.
+    powers_D, vectors_DD = np.linalg.eigh((moment_DD + moment_DD.T) / 2)
+    return vectors_DD * np.sqrt(np.maximum(powers_D, 0.0) + RIDGE * power)
 
 
 def _alike(loss_KK: np.ndarray, beside: np.ndarray) -> np.ndarray:

@@ -42,10 +42,12 @@ def new_directory(name: str, value: str | os.PathLike[str]) -> Path:
       name: as for `local_path`.
 
     Raises:
-      ValueError: there is something already, or it is the working directory; as `local_path`.
+      ValueError: there is something already, or it is the working directory; as `local_path` and
+        `check_place`.
     """
     # What a link leads to is replaced, not the link.
     path = local_path(name, value).resolve()
+    check_place(name, path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{name} {path} is there already: give a new directory, or remove it")
     if path.exists() and path.samefile(os.curdir):
@@ -53,6 +55,45 @@ def new_directory(name: str, value: str | os.PathLike[str]) -> Path:
             f"{name} {path} is the working directory, which cannot be replaced: give another"
         )
     return path
+
+
+def check_place(name: str, path: Path) -> None:
+    """Finds that a file or directory of that path could be made; nothing is made yet.
+
+    Args:
+      name: as for `local_path`.
+
+    Raises:
+      ValueError: what it would be in is a file, or cannot be written to, or its name is too long.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{name} {path}: {error.strerror}: give another") from None
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{name} {path}: {above} is a file, no directory: give another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} {path}: nothing can be written into {above}: give another")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears with all of its text, or not at all.
+
+    Raises:
+      OSError: it cannot be written; it has the name of the file.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # Python's own message does not say which file, when a disk is full.
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager

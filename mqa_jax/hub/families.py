@@ -108,15 +108,15 @@ def write_options(family: Family, config: TransformerConfig) -> Fields:
     Raises:
       ValueError: the family has no key for something that the model does.
     """
-    written = {key: getattr(config, field) for field, key in family.sizes.items()}
+    wanted = _resolved(family, config)
+    written = {key: wanted[field] for field, key in family.sizes.items()}
     written |= dict(
         model_type=family.model_type,
         architectures=[family.architecture],
         torch_dtype=config.param_dtype,
-        tie_word_embeddings=_resolved(family, config)["tied_softmax"],
+        tie_word_embeddings=wanted["tied_softmax"],
     )
-    written |= family.write(config)
-    wanted = _resolved(family, config)
+    written |= family.write(dataclasses.replace(config, **wanted))
     try:
         read = _read_again(family, written)
         heads = _keys_of_heads(family).items()

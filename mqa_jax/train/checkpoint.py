@@ -12,6 +12,7 @@ later is found by the manifest before a byte of it is used. Whatever else lies i
 not ours, and left as it is.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -278,11 +279,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is signed; raises what `wait` does."""
+        told: contextlib.AbstractContextManager = contextlib.suppress(OSError)
         try:
             self.wait()
+            told = contextlib.nullcontext()  # Else Orbax says again, and less well, what failed.
         finally:
             self._pool.shutdown()
-            self._checkpointer.close()
+            with told:
+                self._checkpointer.close()
             if self._link:
                 self._link.cleanup()
 
@@ -293,12 +297,14 @@ class Checkpoints:
         """A checkpoint that is whole, which may be read once without another look at its files."""
         if step is None:
             return self._read_newest()
+        bad = _damage(self._directory / str(step))
+        # Only now: a run that goes on may have let go of it meanwhile.
         if step not in (there := steps_in(self._directory)):
             raise ValueError(
                 f"no checkpoint of step {step} in {self._directory}; there are those of steps "
                 f"{', '.join(map(str, there)) or 'none'}"
             )
-        if bad := _damage(self._directory / str(step)):
+        if bad:
             raise ValueError(
                 f"checkpoint {self._directory / str(step)} is damaged: files {bad} are not what "
                 "was written. Put them back, or name another --step"
@@ -314,12 +320,14 @@ class Checkpoints:
         if jax.process_index() == 0:
             for unsigned in self._unfinished():
                 logging.warning("%s was never finished, and is not used", unsigned)
-            for found in steps_in(self._directory):
-                bad = _damage(self._directory / str(found))
-                if not bad:
+            looked_at = set[int]()
+            # A run that goes on lets go of old ones, for newer ones that were not there before.
+            while step < 0 and (rest := sorted({*steps_in(self._directory)} - looked_at)):
+                looked_at.add(found := rest[-1])
+                if not (bad := _damage(folder := self._directory / str(found))):
                     step = found
-                    break
-                damaged[found] = bad
+                elif folder.is_dir():
+                    damaged[found] = bad
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if step < 0:
             raise ValueError(

@@ -20,6 +20,7 @@ from mqa_jax.train.state import MAX_SEED
 
 DTYPES = ("float32", "bfloat16", "float16")
 INIT_OPTIMIZERS = ("fresh", "continued")
+MOST_STEPS = 999_999_999  # As many digits as the name of a checkpoint has.
 
 
 def check_config(config: ConfigDict, mesh: Mapping[str, int] | None = None) -> None:
@@ -88,19 +89,18 @@ _INTEGERS: dict[str, dict[str, int]] = {
         [
             *(f"model.{name}" for name in ("vocab_size", "d_model", "d_ff", "num_layers")),
             *(f"model.{name}" for name in ("num_heads", "num_kv_heads", "head_dim", "max_length")),
-            *("train.steps", "train.batch_size", "train.accumulate"),
+            *("train.batch_size", "train.accumulate"),
             *("train.log_every", "train.evaluate_every"),
             *("train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped_steps"),
             "evaluate.batch_size",
         ],
         {},
     ),
+    **dict.fromkeys(["train.patience", "evaluate.lines"], {"least": 0}),
+    "train.steps": {"most": MOST_STEPS},
     **dict.fromkeys(
-        [
-            *("train.hold_steps", "train.warmup_steps", "train.decay_steps"),
-            *("train.patience", "evaluate.lines"),
-        ],
-        {"least": 0},
+        ["train.hold_steps", "train.warmup_steps", "train.decay_steps"],
+        {"least": 0, "most": MOST_STEPS},
     ),
     "train.seed": {"least": 0, "most": MAX_SEED},
     **dict.fromkeys(["mesh.data", "mesh.fsdp", "mesh.tensor"], {"least": -1}),

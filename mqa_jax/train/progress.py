@@ -46,7 +46,8 @@ class Best:
     def __str__(self) -> str:
         best = f"that of step {self.steps[0]:,}" if self.steps else "yet to come"
         return (
-            f"the best {self._name} is {best}, after {self._patience} evaluations without a better"
+            f"the best {self._name} is {best}, and --config.train.patience={self._patience} ends a "
+            "run after as many evaluations without a better"
         )
 
 

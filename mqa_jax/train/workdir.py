@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
-from mqa_jax.core.paths import local_path, read_json
+from mqa_jax.core.paths import local_path, read_json, write_whole
 from mqa_jax.data.manifest import HUB_TOKENIZER, MANIFEST, TOKENIZER, Manifest
 from mqa_jax.data.request import directory_of
 from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
@@ -142,7 +142,8 @@ def _steps(
         until = "" if step is None else f" up to step {step}"
         raise ValueError(
             f"--average={average}: {checkpoints} has {len(steps)} checkpoints{until}, of steps "
-            f"{', '.join(map(str, steps))}; --config.train.keep_checkpoints keeps more as it trains"
+            f"{', '.join(map(str, steps)) or 'none'}; --config.train.keep_checkpoints keeps more "
+            "as it trains"
         )
     return [*steps[:average]]
 
@@ -187,9 +188,11 @@ def data_of_run(workdir: Path, directory: str | None = None) -> tuple[Path, Mani
     Raises:
       ValueError: it is not there, or is other data.
     """
-    if not (workdir / DATA).is_file():
-        raise ValueError(f"{workdir} has no {DATA}, which says what data it was trained on")
-    was = read_json(workdir / DATA)["manifest"]
+    about = read_json(workdir / DATA) if (workdir / DATA).is_file() else {}
+    if (was := about.get("manifest")) is None:  # Of version 0.1, and what was made of it.
+        raise ValueError(
+            f"{workdir} has no {DATA} that says what data it was trained on: give --input, a text"
+        )
     data = load_config(workdir).data
     path = directory_of(data, was["request"])
     if directory is not None:
@@ -368,13 +371,7 @@ def _is_free(field: str) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """The file appears with all of its text, or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        # Python's own message does not say which file, when a disk is full.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _differences(

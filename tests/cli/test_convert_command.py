@@ -165,6 +165,9 @@ REFUSED = {
     "--seed: of no effect without --merge=random": ("t5", [*T5, "--seed=3"]),
     "--input: of no effect without --report": ("t5", [*T5, "--input=x"]),
     "--batch_size: of no effect without --report or --calibrate": ("t5", [*T5, "--batch_size=3"]),
+    f"--batch_size must be from 1 to {2**31 - 1}, not {2**31}": (
+        "t5", [*T5, "--calibrate=x", f"--batch_size={2**31}"],
+    ),
     "--report needs --input": ("t5", [*T5, "--report"]),
     "--report of a translation model needs --reference": ("t5", [*T5, "--report", "--input=x"]),
     "--reference: of no effect for a language model": (

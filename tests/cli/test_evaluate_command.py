@@ -108,6 +108,9 @@ def test_what_cannot_be_evaluated_is_refused(project, tmp_path, monkeypatch, cap
     assert "--alpha: of no effect without a" in refused(capfd, run, "--split=test", "--alpha=1")
     output = "--output=nowhere/figures.json"
     assert "there is no directory nowhere" in refused(capfd, run, "--split=test", output)
+    for output in (".", "run", "/dev/null"):
+        error = refused(capfd, run, "--split=test", f"--output={output}")
+        assert f"--output {output} is there, and is no file" in error
     long, blank = tmp_path / "long", tmp_path / "blank"
     long.write_text("\none two\n" + "three " * 60 + "\n")
     error = refused(capfd, run, f"--input={long}", f"--reference={long}")
@@ -119,6 +122,28 @@ def test_what_cannot_be_evaluated_is_refused(project, tmp_path, monkeypatch, cap
     blank.write_text("\n\n")
     error = refused(capfd, run, f"--input={blank}", f"--reference={blank}")
     assert "has no line that is not blank" in error
+
+
+def test_no_text_is_written_over(project, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(project)
+    for name in ("input", "reference"):
+        (tmp_path / name).write_text("one\n")
+    (tmp_path / "link").symlink_to("reference")
+    given = [f"--{name}={tmp_path / name}" for name in ("input", "reference")]
+    for output, name in {"input": "input", "link": "reference"}.items():
+        error = refused(capfd, "--workdir=run", *given, f"--output={tmp_path / output}")
+        assert f"is the --{name} too: give another one" in error
+        assert (tmp_path / name).read_text() == "one\n"
+
+
+def test_a_run_that_does_not_say_what_its_data_was(project, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(project)
+    own = shutil.copytree(project / "run", tmp_path / "own")
+    about = json.loads((own / "data.json").read_text())
+    del about["manifest"]  # Version 0.1 kept the tokenizer alone.
+    (own / "data.json").write_text(json.dumps(about))
+    error = refused(capfd, f"--workdir={own}", "--split=test")
+    assert "no data.json that says what data" in error and "give --input" in error
 
 
 def test_the_data_is_the_run_s_wherever_it_lies(project, tmp_path, monkeypatch, capfd):

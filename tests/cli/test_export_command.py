@@ -126,6 +126,7 @@ def test_what_cannot_be_written_is_refused_before_a_weight_is_read(
         (workdir,): "give --output",
         (workdir, f"--output={tmp_path}/there.npz"): "there.npz is there already",
         (workdir, f"--output={tmp_path}"): "is there already",
+        (workdir, f"--output={tmp_path}/there.npz/x.npz"): "there.npz is a file, no directory",
         (workdir, "--output=x.npz", "--family=t5"): "--family: of no effect for a file",
         (workdir, "--output=x", "--family=bert"): "'bert' is not a supported model type",
         (workdir, "--output=x", "--step=last"): "--step must be the number of a step",

@@ -423,6 +423,21 @@ def test_heads_that_are_alike_become_one_with_any_moment(options, merge):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(same), nnx.state(wide))
 
 
+def test_a_text_of_few_tokens_loses_nothing_though_its_moment_is_rounded():
+    """Fewer inputs than a head has dimensions; as added up in float32, with powers below 0."""
+    module, rng = attention(8), np.random.default_rng(0)
+    inputs_TD = rng.normal(size=(3, D))
+    rest_DD = np.linalg.svd(inputs_TD)[2][3:].T
+    moment = inputs_TD.T @ inputs_TD
+    moment -= 3e-7 * np.trace(moment) * rest_DD @ rest_DD.T
+    narrow = convert_attention(module, 1, merge=truncated, moment=moment)
+    found, expected = (
+        np.asarray(each(jnp.asarray(inputs_TD[None], jnp.float32), is_causal=True))
+        for each in (narrow, module)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_moments_that_cannot_be_are_refused():
     module = attention(4, qkv_bias=True)
     for moment, message in (

@@ -334,3 +334,14 @@ def test_what_a_family_cannot_say_is_not_written(name, changes, message):
     config = dataclasses.replace(config_of(name), **changes)
     with pytest.raises(ValueError, match=message):
         write_options(FAMILIES[CONFIGS[name]["model_type"]], config)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated", "marian"])
+def test_what_a_model_of_ones_own_leaves_open_is_written(name):
+    """As a config of ours has it: an encoder as deep as the decoder, softmax and scales by None."""
+    family, said = FAMILIES[CONFIGS[name]["model_type"]], config_of(name)
+    deep = dataclasses.replace(said, num_encoder_layers=said.num_layers)
+    none = {"num_encoder_layers": None, "encoder_kv_heads": None, "cross_kv_heads": None}
+    if name != "marian":  # Whose logits are as they are.
+        none["logits_scale"] = None
+    assert write_options(family, dataclasses.replace(deep, **none)) == write_options(family, deep)

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import time
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,25 @@ def test_an_error_waits_for_the_save_and_stays_the_error(tmp_path, caplog, monke
         checkpoints.save(make_state("adamw", 1, step=6))
 
 
+def test_what_orbax_says_as_it_is_closed_does_not_hide_the_save_that_failed(tmp_path):
+    for failed, expected in ((True, SaveError), (False, OSError)):
+        checkpoints = Checkpoints(tmp_path)
+        if failed:
+            future = Future()
+            future.set_exception(OSError(28, "No space left on device"))
+            checkpoints._saving = 6, future
+        close = checkpoints._checkpointer.close
+
+        def close_badly(close=close):
+            close()
+            raise OSError(28, "of its metadata")
+
+        checkpoints._checkpointer.close = close_badly
+        with pytest.raises(expected) as found:
+            checkpoints.close()
+        assert ("checkpoint 6 could not be written" in str(found.value)) == failed
+
+
 def test_what_the_run_says_of_itself_is_signed(tmp_path):
     state = make_state("adamw", 0, step=4)
     with Checkpoints(tmp_path, run={"config": {"ä": [1, None]}}) as checkpoints:
@@ -399,6 +419,28 @@ def test_when_all_are_damaged_all_are_named_and_left(two_checkpoints, tmp_path):
             restore()
     assert {path.name for path in directory.iterdir()} == {"4", "6"}
     checkpoints.close()
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_that_goes_on_as_it_is_read(two_checkpoints, tmp_path, monkeypatch, is_named):
+    """It signs a newer one, and lets go of all others."""
+    damage, newest = checkpoint._damage, tmp_path / "9"
+    for step in ("4", "6"):
+        shutil.copytree(two_checkpoints[0] / step, tmp_path / step)
+
+    def meanwhile(folder):
+        if not newest.exists():
+            (tmp_path / "6").rename(newest)
+            shutil.rmtree(tmp_path / "4")
+        return damage(folder)
+
+    monkeypatch.setattr(checkpoint, "_damage", meanwhile)
+    with Checkpoints(tmp_path) as checkpoints:
+        if not is_named:
+            assert checkpoints.whole_step() == 9
+        else:
+            with pytest.raises(ValueError, match="no checkpoint of step 6 .* of steps 9"):
+                checkpoints.run(6)
 
 
 @pytest.mark.parametrize("left", ["7.unsigned", "7.unsigned.orbax-checkpoint-tmp"])

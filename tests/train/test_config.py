@@ -67,6 +67,7 @@ BAD = [
     *((name, value) for name in NUMBERS for value in (-0.5, math.nan, math.inf, "0.1", True)),
     *((name, value) for name in RATES for value in (1.0, 1.5)),
     ("train.seed", 2**32),
+    *((f"train.{name}", 10**9) for name in ("steps", "hold_steps", "warmup_steps", "decay_steps")),
     ("train.optimizer", "sgd"),
     ("train.optimizer", None),
     ("train.best", "perplexity"),

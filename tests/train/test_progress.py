@@ -62,5 +62,7 @@ def test_patience(log, patience, is_over):
     workdir = log("loss", (2, 5.0), (4, 6.0), (6, 5.5))
     best = Best(workdir, ConfigDict(dict(train=dict(best="loss", patience=patience))))
     assert best.look(6) == is_over and best.steps == (2,)
+    # The way on, for who has raised the number of steps.
+    assert f"step 2, and --config.train.patience={patience} ends a run" in str(best)
     off = Best(workdir, ConfigDict(dict(train=dict(best="", patience=0))))
     assert not off.look(6) and off.steps == ()
