@@ -175,7 +175,10 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if not path.exists():
         raise ValueError(f"no {path}: {workdir} is not the --workdir of a training run")
     if "model_type" in (config := read_json(path)):
-        raise ValueError(f"{workdir} is no run, but a model of the hub: give it as --model")
+        raise ValueError(
+            f"{workdir} is no run, but a model of the hub: give it as --model, to a command that "
+            "has that flag"
+        )
     return ConfigDict(config)
 
 

@@ -120,6 +120,8 @@ def test_what_cannot_be_written_is_refused_before_a_weight_is_read(
 ):
     monkeypatch.setattr("mqa_jax.train.workdir.load_run", None)
     (tmp_path / "there.npz").touch()
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text('{"model_type": "gpt2"}')
     workdir = f"--workdir={project}/run"
     for flags, reason in {
         ("--output=x",): "give --workdir",
@@ -130,6 +132,7 @@ def test_what_cannot_be_written_is_refused_before_a_weight_is_read(
         (workdir, "--output=x.npz", "--family=t5"): "--family: of no effect for a file",
         (workdir, "--output=x", "--family=bert"): "'bert' is not a supported model type",
         (workdir, "--output=x", "--step=last"): "--step must be the number of a step",
+        (f"--workdir={tmp_path}/hub", "--output=x.npz"): "--model, to a command that has that flag",
         (f"--workdir={tmp_path}", "--output=x"): "is not the --workdir of a training run",
     }.items():
         assert export(*flags) == 2
