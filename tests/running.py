@@ -200,3 +200,13 @@ def losses(workdir: Path) -> dict[int, float]:
 def checkpoints(workdir: Path) -> list[int]:
     names = (path.name for path in (workdir / "checkpoints").glob("*"))
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def prepared(directory):
+    """The data that runs in a directory prepared, but for that of a tokenizer that was given."""
+    (manifest,) = (
+        manifest
+        for manifest in directory.glob("data/*/manifest.json")
+        if "tokenizer" not in json.loads(manifest.read_text())["request"]
+    )
+    return manifest.parent

@@ -6,7 +6,18 @@ import shutil
 import signal
 
 import pytest
-from running import ROOT, Running, checkpoints, losses, run, run_well, train, train_args, write_text
+from running import (
+    ROOT,
+    Running,
+    checkpoints,
+    losses,
+    prepared,
+    run,
+    run_well,
+    train,
+    train_args,
+    write_text,
+)
 
 from configs import quickstart
 from mqa_jax.core.lock import locked
@@ -63,8 +74,7 @@ def test_what_decides_nothing_may_change_on_the_way(project, tmp_path, gate):
         stopped.send(signal.SIGTERM)
         (tmp_path / "go").touch()
         assert stopped.exit_codes() == [75], stopped.output()
-    (manifest,) = project.glob("data/*/manifest.json")
-    shutil.copytree(manifest.parent, project / "moved data")
+    shutil.copytree(prepared(project), project / "moved data")
     options = ["--config.train.log_every=1", "--config.train.keep_checkpoints=1"]
     options += ["--config.evaluate.lines=2", "--config.data.dir=moved data"]
     options += ["--config.train.evaluate_every=4", "--config.train.max_skipped_steps=3"]
@@ -124,8 +134,7 @@ loop.set_up = set_up_meanwhile
 
 @pytest.mark.slow
 def test_data_that_is_replaced_while_the_model_is_built_is_not_trained_on(project, tmp_path):
-    (manifest,) = project.glob("data/*/manifest.json")
-    shutil.copytree(manifest.parent, tmp_path / "data")
+    shutil.copytree(prepared(project), tmp_path / "data")
     data = f"--config.data.dir={tmp_path}/data"
     with Running(project, "replaced", data, setup=REPLACED) as running:
         assert running.exit_codes() not in ([0], [75])
