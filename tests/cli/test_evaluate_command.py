@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import WORDS, write, write_words
-from running import records, run_well
+from running import prepared, records, run_well
 
 from mqa_jax import hub
 from mqa_jax.cli import main
@@ -150,8 +150,7 @@ def test_the_data_is_the_run_s_wherever_it_lies(project, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     run = [f"--workdir={project}/run", "--split=test"]
     assert "give --data_dir" in refused(capfd, *run)
-    (manifest,) = project.glob("data/*/manifest.json")
-    data = shutil.copytree(manifest.parent, tmp_path / "moved")
+    data = shutil.copytree(prepared(project), tmp_path / "moved")
     assert main(["evaluate", *run, f"--data_dir={data}", "--max_new_tokens=3"]) == 0
     with (data / "test.de.txt").open("a") as file:
         file.write("eins\n")
@@ -165,5 +164,5 @@ def test_the_data_is_the_run_s_wherever_it_lies(project, tmp_path, monkeypatch, 
     about["manifest"]["request"]["target_length"] = 9
     (own / "data.json").write_text(json.dumps(about))
     run[0] = f"--workdir={own}"
-    error = refused(capfd, *run, f"--data_dir={manifest.parent}")
+    error = refused(capfd, *run, f"--data_dir={prepared(project)}")
     assert "is not the data of" in error and "target_length: 9 there, 40 asked" in error
