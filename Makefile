@@ -43,10 +43,10 @@ figures: $(INSTALLED)
 	$(BIN)/python benchmarks/learning_curves.py --output=docs/multi30k_curves.png docs/multi30k_curves.json
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow" --durations=10
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m slow --durations=20
 
 # Into site/; `$(BIN)/mkdocs serve` shows it while it is written.
 docs: $(INSTALLED)
