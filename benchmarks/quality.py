@@ -49,7 +49,13 @@ from mqa_jax.train.evaluate import add_up
 from mqa_jax.train.optimizer import build_optimizer
 from mqa_jax.train.setup import schedule_of, step_options
 from mqa_jax.train.state import TrainState, init_state
-from mqa_jax.train.step import dropout_key, make_eval_step, make_update, mean_metrics
+from mqa_jax.train.step import (
+    dropout_key,
+    make_eval_step,
+    make_gradients,
+    make_update,
+    mean_metrics,
+)
 from mqa_jax.train.workdir import load_row_tokenizer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
@@ -100,7 +106,8 @@ class Training:
         self._data, self._optimizer = data, optimizer_of(config)
         mesh = make_mesh(devices=jax.devices()[:1])
         ids = Manifest.read(data).ids
-        update = make_update(model, self._optimizer, mesh, ids=ids, **step_options(config))
+        gradients = make_gradients(model, mesh, ids=ids, **step_options(config))
+        update = make_update(self._optimizer, gradients)
 
         def one(state: TrainState, batch: Any, seed: Any, rate: Any) -> tuple[TrainState, Any]:
             new, metrics = update(state, batch, dropout_key(seed, state.step))
@@ -158,6 +165,11 @@ class Training:
         }
         order = [list(streams).index(seed) for seed in seeds]
         saved = {steps - i * settings.checkpoint_every for i in range(average)}
+        if min(saved) < 1:
+            raise ValueError(
+                f"--average={average}: {steps} steps have not so many checkpoints "
+                f"{settings.checkpoint_every} steps apart: lower --config.train.checkpoint_every"
+            )
         ends = sorted({*range(CHUNK, steps, CHUNK), *saved})
 
         def chunk(done: int, end: int) -> tuple[Any, Any]:

@@ -185,32 +185,15 @@ def make_gradients(
 
 
 def make_update(
-    model: Model,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    accumulate: int = 1,
-    rules: ShardingRules | None = None,
-    ids: SpecialIds = OWN_IDS,
+    gradients_and_sums: Callable[[nnx.State, Batch, Array], tuple[nnx.State, Metrics]],
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """The update of `make_train_step` as a function of state, batch and key of dropout, not jitted.
 
-    Arguments and errors as there; `mesh` is where the state lies.
+    Args:
+      optimizer: what turns gradients into updates.
+      gradients_and_sums: of `make_gradients`.
     """
-    check_integer("accumulate", accumulate)
-    check_number("label_smoothing", label_smoothing, least=0, below=1)
-    check_number("z_loss", z_loss, least=0)
-    gradients_and_sums = make_gradients(
-        model,
-        mesh,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        accumulate=accumulate,
-        rules=rules,
-        ids=ids,
-    )
 
     def update(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         gradients, sums = gradients_and_sums(state.params, batch, key)
@@ -282,15 +265,17 @@ def make_train_step(
         returned) a batch that `accumulate` does not divide.
     """
     check_integer("seed", seed, least=0, most=MAX_SEED)
+    check_integer("accumulate", accumulate)
+    check_number("label_smoothing", label_smoothing, least=0, below=1)
+    check_number("z_loss", z_loss, least=0)
     mesh = getattr(state.step.sharding, "mesh", None)
     if not isinstance(mesh, Mesh):
         raise ValueError(
             "the state must lie on a mesh, as init_state makes it; its step lies on "
             f"{state.step.sharding}"
         )
-    update = make_update(
+    gradients_and_sums = make_gradients(
         model,
-        optimizer,
         mesh,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -298,6 +283,7 @@ def make_train_step(
         rules=rules,
         ids=ids,
     )
+    update = make_update(optimizer, gradients_and_sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return update(state, batch, dropout_key(seed, state.step))
