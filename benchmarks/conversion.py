@@ -2,15 +2,21 @@
 
     python benchmarks/conversion.py --config=configs/multi30k.py:multi_head --data=DIR \
       --num_kv_heads=1 --base=FILE.npz --output=FILE
+    python benchmarks/conversion.py --picture=FILE --scratch=1.532+-0.022 FILE [FILE ...]
 
-Trains the config once, unless `--base` is there already, then merges the heads of the decoder's
-two kinds of attention in each way there is, and trains each further with each of `--seeds` for each
-of `--alphas`, a share of the config's steps. The rate begins where the config's stood before its
-decay, times a factor, and falls to 0 in a straight line; the factor is the one of `--factors` that
-is best on validation at `--tuned_at`, for all merges alike. A merge with "text" in its name is of
-what heads make of the first training rows, and not of their weights.
+The first trains the config once, unless `--base` is there already, then merges the heads of the
+decoder's two kinds of attention in each way there is, and trains each further with each of
+`--seeds` for each of `--alphas`, a share of the config's steps. The rate begins where the config's
+stood before its decay, times a factor, and falls to 0 in a straight line; the factor is the one of
+`--factors` that is best on validation at `--tuned_at`, for all merges alike. A merge with "text" in
+its name is of what heads make of the first training rows, and not of their weights.
+
+The second prints tables of such files, as Markdown, and draws them side by side: ln(perplexity) of
+validation data against alpha, a line a merge, beside the band of models that are trained from
+scratch with as many heads, a `--scratch` for each file.
 """
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -22,6 +28,7 @@ import numpy as np
 import quality
 from absl import app, flags, logging
 from flax import nnx
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from mqa_jax.convert.calibrate import batches_of, input_moments
@@ -29,7 +36,8 @@ from mqa_jax.convert.heads import convert_heads
 from mqa_jax.convert.merges import MERGES
 from mqa_jax.data import loader
 from mqa_jax.data.manifest import Manifest
-from mqa_jax.model.transformer import Model, build_model
+from mqa_jax.measure import plots
+from mqa_jax.model.transformer import Model
 from mqa_jax.train.optimizer import rsqrt_schedule
 
 BASE = flags.DEFINE_string("base", None, "Where the weights to convert are, or are put.")
@@ -40,23 +48,31 @@ FACTORS = flags.DEFINE_list(
 )
 TUNED_AT = flags.DEFINE_float("tuned_at", 0.05, "The alpha at which it is chosen.")
 CALIBRATION = flags.DEFINE_integer("calibration_rows", 96, "Of the training text.")
+PICTURE = flags.DEFINE_string("picture", None, "Where the picture of files goes, as PNG.")
+SCRATCH = flags.DEFINE_list("scratch", [], "Of each file: the band's mean and width, 1.53+-0.02.")
+
+SHOWN = [  # The columns of a table: a split's figure.
+    ("validation", "ln_perplexity"),
+    ("test", "ln_perplexity"),
+    ("test", "greedy_bleu_lowercased"),
+]
+COLORS = dict(
+    mean=plots.BLUE,
+    first=plots.GRAY,
+    random=plots.ORANGE,
+    aligned=plots.GREEN,
+    truncated=plots.VERMILION,
+)
 
 
 def base(config: ConfigDict, data: Path) -> Model:
     """The model to convert, with its weights."""
-    structure = nnx.eval_shape(
-        lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
-    )
-    path = Path(BASE.value)
+    structure, path = quality.abstract(config), Path(BASE.value)
     if not path.exists():
         seed = config.train.seed
         _, stacked = quality.train(config, data, [seed], average=quality.AVERAGE.value)
-        leaves = jax.tree.leaves(next(quality.unstacked(stacked)))
-        np.savez(path, *map(np.asarray, leaves))
-    with np.load(path) as file:
-        leaves = [jnp.asarray(file[name]) for name in file.files]
-    tree = jax.tree.structure(nnx.as_pure(nnx.state(structure)))
-    return nnx.merge(nnx.graphdef(structure), jax.tree.unflatten(tree, leaves))
+        quality.save(path, next(quality.unstacked(stacked)))
+    return nnx.merge(nnx.graphdef(structure), quality.load(path, structure))
 
 
 def moments_of(model: Model, data: Path) -> dict[str, np.ndarray]:
@@ -95,13 +111,16 @@ def measure() -> None:
     states = [nnx.as_pure(nnx.state(model)) for model in converted.values()]
     narrow = next(iter(converted.values()))
     structure = nnx.eval_shape(lambda: nnx.clone(narrow))
-    evaluate = quality.Evaluation(
-        config,
-        data,
-        structure,
-        splits=["validation", "test"],
-        translated=quality.TRANSLATED.value,
-    )
+    splits = ["validation", "test"]
+
+    def evaluation(structure: Model) -> quality.Evaluation:
+        translated = quality.TRANSLATED.value
+        return quality.Evaluation(config, data, structure, splits=splits, translated=translated)
+
+    def numbers(figures: dict[str, Any]) -> dict[str, float]:
+        return {name: x for name, x in figures.items() if not name.endswith("_outputs")}
+
+    evaluate = evaluation(structure)
     train = quality.Training(config, data, structure)
     settings = config.train
 
@@ -124,14 +143,20 @@ def measure() -> None:
             device=jax.devices()[0].device_kind,
             jax=jax.__version__,
             config=json.loads(config.to_json()),
+            base={
+                split: numbers(figures)
+                for split, figures in evaluation(quality.abstract(config))(
+                    nnx.as_pure(nnx.state(wide))
+                ).items()
+            },
         ),
         results=results,
     )
 
     def add(alpha: float, name: str, seed: int | None, params: Any) -> None:
         for split, figures in evaluate(params).items():
-            kept = {key: x for key, x in figures.items() if not key.endswith("_outputs")}
-            results.append(dict(alpha=alpha, merge=name, seed=seed, split=split) | kept)
+            found = dict(alpha=alpha, merge=name, seed=seed, split=split)
+            results.append(found | numbers(figures))
 
     for name, state in zip(names, states, strict=True):
         add(0.0, name, None, state)
@@ -163,9 +188,83 @@ def measure() -> None:
         Path(quality.OUTPUT.value).write_text(json.dumps(record))
 
 
+def report(files: list[str]) -> None:
+    """Prints the tables, and draws them."""
+    runs = [json.loads(Path(file).read_text()) for file in files]
+    for run in runs:
+        heads, results = run["about"]["num_kv_heads"], run["results"]
+        alphas = sorted({r["alpha"] for r in results})
+        for split, figure in SHOWN:
+            had = run["about"]["base"][split][figure]
+            print(f"\n{figure} of {split}, {heads} key/value head{'s' * (heads > 1)}, by alpha")
+            print(f"before the conversion: {quality.shown([had])}\n")
+            print(f"| | {' | '.join(f'{alpha:g}' for alpha in alphas)} |")
+            print("|---" * (len(alphas) + 1) + "|")
+            for merge, by_alpha in values(run, split, figure).items():
+                cells = [quality.shown(by_alpha[alpha]) for alpha in alphas]
+                print(f"| {merge} | {' | '.join(cells)} |")
+    if PICTURE.value is not None:
+        draw(runs, SCRATCH.value).savefig(PICTURE.value, dpi=150)
+
+
+def values(run: dict[str, Any], split: str, figure: str) -> dict[str, dict[float, list[float]]]:
+    """Of each merge, by alpha, those of the seeds."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for result in run["results"]:
+        if result["split"] == split:
+            by_alpha = found.setdefault(result["merge"], {})
+            by_alpha.setdefault(result["alpha"], []).append(result[figure])
+    return found
+
+
+def draw(runs: list[dict[str, Any]], scratch: list[str]) -> Figure:
+    """A panel a file."""
+    figure = Figure(figsize=(5 * len(runs), 4.5), layout="constrained")
+    all_axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, run, band in itertools.zip_longest(all_axes, runs, scratch):
+        heads = run["about"]["num_kv_heads"]
+        for merge, by_alpha in values(run, "validation", "ln_perplexity").items():
+            alphas = sorted(by_alpha)
+            of, _, with_text = merge.partition(", ")
+            axes.errorbar(
+                range(len(alphas)),
+                [statistics.fmean(by_alpha[alpha]) for alpha in alphas],
+                [statistics.pstdev(by_alpha[alpha]) for alpha in alphas],
+                label=merge,
+                color=COLORS[of],
+                marker="o",
+                markersize=5,
+                markerfacecolor="white" if with_text else COLORS[of],
+                linestyle="--" if with_text else "-",
+                capsize=2,
+            )
+        if band is not None:
+            mean, width = map(float, band.split("+-"))
+            label = f"trained from scratch\n{mean:g} +- {width:g}"
+            axes.axhspan(mean - width, mean + width, color=plots.PURPLE, alpha=0.3, label=label)
+        had = run["about"]["base"]["validation"]["ln_perplexity"]
+        axes.axhline(had, color=plots.BLACK, linestyle=":", label="before the conversion")
+        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        axes.set(
+            xlabel="alpha, the share of the steps",
+            title=f"{heads} key/value head{'s' * (heads > 1)}",
+        )
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    # What is far above is in the table: the differences between good ones are small.
+    all_axes[0].set(ylim=(1.5, 1.72), ylabel="ln(perplexity) of validation data")
+    all_axes[-1].legend(frameon=False, fontsize=9)
+    return figure
+
+
 def main(args: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    measure()
+    if args[1:]:
+        report(args[1:])
+    elif None in (quality.CONFIG.value, quality.DATA.value, BASE.value):
+        raise app.UsageError("give --config, --data and --base, or files to report")
+    else:
+        measure()
 
 
 if __name__ == "__main__":

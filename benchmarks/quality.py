@@ -9,6 +9,10 @@ model leaves a GPU idle, and several in one program cost it little more than one
 `mqa_jax.data.prepare` made. With `--average=N` the mean of the last N checkpoints
 (`checkpoint_every` steps apart) is evaluated, and not the last weights.
 
+`--weights=FILE` keeps the weights of all the runs, and `--teacher=FILE`, with `--teacher_config`,
+is such a file of others: `--distillation` is the share of the loss that is the Kullback-Leibler
+divergence of a run's predictions from theirs, the mean of their probabilities (Hinton et al. 2015).
+
 The second prints tables of such files, as Markdown: means and standard deviations over seeds, and
 each file against the first one. ln(perplexity): a t-test of the differences by seed. BLEU: paired
 bootstrap by sacrebleu, over the outputs of all seeds, one behind the other.
@@ -46,16 +50,11 @@ from mqa_jax.decode.rules import only_text
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model, build_model
 from mqa_jax.train.evaluate import add_up
+from mqa_jax.train.loss import apply, mean_metrics, predicted
 from mqa_jax.train.optimizer import build_optimizer
 from mqa_jax.train.setup import schedule_of, step_options
 from mqa_jax.train.state import TrainState, init_state
-from mqa_jax.train.step import (
-    dropout_key,
-    make_eval_step,
-    make_gradients,
-    make_update,
-    mean_metrics,
-)
+from mqa_jax.train.step import dropout_key, make_eval_step, make_gradients, make_update
 from mqa_jax.train.workdir import load_row_tokenizer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:VARIANT")
@@ -64,6 +63,10 @@ OUTPUT = flags.DEFINE_string("output", None, "Where the figures go, as JSON.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of a run each.")
 AVERAGE = flags.DEFINE_integer("average", 1, "Checkpoints, the last ones.", lower_bound=1)
 BEAMS = flags.DEFINE_integer("beam_size", 4, "Beside greedy.", lower_bound=2)
+WEIGHTS = flags.DEFINE_string("weights", None, "Where the runs' weights go, as .npz.")
+TEACHER = flags.DEFINE_string("teacher", None, "Weights to distil; see above.")
+TEACHER_CONFIG = config_flags.DEFINE_config_file("teacher_config", help_string="Of these.")
+DISTILLATION = flags.DEFINE_float("distillation", 0.5, "Its share of the loss.")
 SPLITS = flags.DEFINE_list("splits", ["validation", "test"], "To evaluate.")
 TRANSLATED = flags.DEFINE_list("translated", ["test"], "Those of which BLEU is told, too.")
 
@@ -87,7 +90,30 @@ def train(
     drawn = [init_state(build, optimizer_of(config), mesh, seed) for seed in seeds]
     params = jax.tree.map(lambda *x: jnp.stack(x), *(state.params for _, state in drawn))
     model = drawn[0][0]
-    return model, Training(config, data, model)(params, seeds, average=average)
+    teacher = None
+    if TEACHER.value is not None:
+        wise = abstract(TEACHER_CONFIG.value)
+        teacher = wise, load(Path(TEACHER.value), wise)
+    return model, Training(config, data, model, teacher)(params, seeds, average=average)
+
+
+def abstract(config: ConfigDict) -> Model:
+    """The structure of a config's model."""
+    return nnx.eval_shape(
+        lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
+    )
+
+
+def save(path: Path, params: Any) -> None:
+    """Writes weights, stacked ones too."""
+    np.savez(path, *map(np.asarray, jax.tree.leaves(params)))
+
+
+def load(path: Path, model: Model) -> Any:
+    """What `save` has written of a model of that structure."""
+    with np.load(path) as file:
+        leaves = [jnp.asarray(file[name]) for name in file.files]
+    return jax.tree.unflatten(jax.tree.structure(nnx.as_pure(nnx.state(model))), leaves)
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -100,16 +126,46 @@ class Training:
 
     Args:
       model: its structure.
+      teacher: the structure and the stacked weights of models to distil, if any.
     """
 
-    def __init__(self, config: ConfigDict, data: Path, model: Model):
+    def __init__(
+        self,
+        config: ConfigDict,
+        data: Path,
+        model: Model,
+        teacher: tuple[Model, Any] | None = None,
+    ):
         self._data, self._optimizer = data, optimizer_of(config)
         mesh = make_mesh(devices=jax.devices()[:1])
         ids = Manifest.read(data).ids
         gradients = make_gradients(model, mesh, ids=ids, **step_options(config))
-        update = make_update(self._optimizer, gradients)
+        self._teacher = None if teacher is None else teacher[1]
 
-        def one(state: TrainState, batch: Any, seed: Any, rate: Any) -> tuple[TrainState, Any]:
+        def divergence(params: Any, batch: Any, key: Any, wise: Any) -> Any:
+            """The sum over tokens of how far a model is from its teachers."""
+
+            def log_p(structure: Model, params: Any, rngs: nnx.Rngs | None) -> Any:
+                logits_BTV = apply(nnx.merge(nnx.graphdef(structure), params), batch, rngs, ids)
+                return jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+
+            each_NBTV = jax.vmap(lambda params: log_p(teacher[0], params, None))(wise)
+            wanted_BTV = jax.nn.logsumexp(each_NBTV, axis=0) - jnp.log(len(each_NBTV))
+            found_BTV = log_p(model, params, nnx.Rngs(dropout=key))
+            far_BT = jnp.sum(jnp.exp(wanted_BTV) * (wanted_BTV - found_BTV), axis=-1)
+            return jnp.sum(far_BT, where=predicted(batch["target_tokens"], ids))
+
+        def one(
+            state: TrainState, batch: Any, seed: Any, rate: Any, wise: Any
+        ) -> tuple[TrainState, Any]:
+            def all_gradients(params: Any, batch: Any, key: Any) -> Any:
+                own, sums = gradients(params, batch, key)
+                if wise is None:
+                    return own, sums
+                share, theirs = DISTILLATION.value, jax.grad(divergence)(params, batch, key, wise)
+                return jax.tree.map(lambda x, y: (1 - share) * x + share * y, own, theirs), sums
+
+            update = make_update(self._optimizer, all_gradients)
             new, metrics = update(state, batch, dropout_key(seed, state.step))
             # All that an optimizer does is in proportion to its learning rate, so that the rate
             # need not be a part of the program, of which there would be one for every schedule.
@@ -117,10 +173,12 @@ class Training:
             state = TrainState(new.step, params, new.opt_state)
             return state, (metrics["loss"], metrics["skipped"])
 
-        def run(state: TrainState, batches: Any, seeds: Any, rates: Any) -> tuple[TrainState, Any]:
+        def run(
+            state: TrainState, batches: Any, seeds: Any, rates: Any, wise: Any
+        ) -> tuple[TrainState, Any]:
             def step(state: TrainState, batch_and_rates: Any) -> tuple[TrainState, Any]:
                 batch, rates = batch_and_rates
-                return jax.vmap(one)(state, batch, seeds, rates)
+                return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(state, batch, seeds, rates, wise)
 
             return jax.lax.scan(step, state, (batches, rates))
 
@@ -191,7 +249,7 @@ class Training:
                 if following is not None:
                     waiting = pool.submit(chunk, *following)
                 state, (losses, skipped) = self._run(
-                    state, given[0], np.asarray(seeds, np.uint32), given[1]
+                    state, given[0], np.asarray(seeds, np.uint32), given[1], self._teacher
                 )
                 done, end = span
                 if end in saved:
@@ -280,6 +338,8 @@ def measure() -> None:
     began = time.perf_counter()
     model, params = train(config, data, seeds, average=AVERAGE.value)
     trained = time.perf_counter() - began
+    if WEIGHTS.value is not None:
+        save(Path(WEIGHTS.value), params)
     evaluate = Evaluation(
         config,
         data,
@@ -298,6 +358,7 @@ def measure() -> None:
         seeds=seeds,
         parameters=sum(x.size for x in jax.tree.leaves(nnx.state(model))),
         average=AVERAGE.value,
+        distillation=DISTILLATION.value if TEACHER.value else 0.0,
         beam_size=BEAMS.value,
         train_seconds=round(trained),
         seconds=round(time.perf_counter() - began),

@@ -18,9 +18,7 @@ from mqa_jax.data.packing import to_tokens
 from mqa_jax.model.transformer import MODELS, build_model
 from mqa_jax.train.optimizer import build_optimizer
 from mqa_jax.train.state import init_state
-from mqa_jax.train.step import (
-    make_train_step,
-)
+from mqa_jax.train.step import make_train_step
 
 MAX_LENGTH = 16
 

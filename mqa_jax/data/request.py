@@ -48,7 +48,7 @@ CONTENTS = (
 PLACES = ("path", "dir", "tfds_dir")
 
 # Fields that came later, which a config need not have, and what they are without.
-LATER = dict(subword_samples=0, subword_alpha=0.2)
+LATER = dict(subword_samples=0, subword_alpha=0.3)
 
 # No row and no vocabulary is larger; with more, numbers of bytes would come to be terabytes.
 LARGEST = 2**24

@@ -20,6 +20,7 @@ from mqa_jax.train.state import MAX_SEED
 
 DTYPES = ("float32", "bfloat16", "float16")
 INIT_OPTIMIZERS = ("fresh", "continued")
+DROPOUT_RATES = ("dropout_rate", "attention_dropout_rate", "relu_dropout_rate")
 MOST_STEPS = 999_999_999  # As many digits as the name of a checkpoint has.
 
 
@@ -106,12 +107,11 @@ _INTEGERS: dict[str, dict[str, int]] = {
     **dict.fromkeys(["mesh.data", "mesh.fsdp", "mesh.tensor"], {"least": -1}),
 }
 _NUMBERS: dict[str, dict[str, float]] = {
-    **dict.fromkeys(["train.learning_rate", "train.weight_decay", "train.z_loss"], {"least": 0}),
     **dict.fromkeys(
-        [
-            *("train.label_smoothing", "model.dropout_rate"),
-            *("model.attention_dropout_rate", "model.relu_dropout_rate"),
-        ],
+        ["train.learning_rate", "train.weight_decay", "train.z_loss", "train.r_drop"], {"least": 0}
+    ),
+    **dict.fromkeys(
+        ["train.label_smoothing", *(f"model.{name}" for name in DROPOUT_RATES)],
         {"least": 0, "below": 1},
     ),
 }
@@ -180,6 +180,11 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
         yield (
             "--config.init_optimizer continued without --config.init_from: name the workdir of the "
             "run whose optimizer it is"
+        )
+    if config.train.r_drop and not any(model.get(name) for name in DROPOUT_RATES):
+        yield (
+            f"--config.train.r_drop {config.train.r_drop} without dropout: two readings of a batch "
+            "differ by their dropout alone; set --config.model.dropout_rate"
         )
     larger = "raise --config.model.max_length"
     if config.get("init_from"):

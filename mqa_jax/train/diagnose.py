@@ -16,16 +16,8 @@ from jax.typing import ArrayLike
 from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import Model
-from mqa_jax.train.step import (
-    Batch,
-    apply,
-    cross_entropy,
-    dropout_key,
-    in_parts,
-    make_gradients,
-    predicted,
-    segments,
-)
+from mqa_jax.train.loss import Batch, predicted, segments, token_losses
+from mqa_jax.train.step import dropout_key, in_parts, make_gradients
 
 SHOWN = 4  # Names, or rows, of each kind.
 
@@ -37,6 +29,7 @@ def make_diagnosis(
     seed: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    r_drop: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
     ids: SpecialIds = OWN_IDS,
@@ -49,7 +42,7 @@ def make_diagnosis(
       a function of parameters, batch and the position of the step, from 0, to one line of words.
       The parameters may be those of a later step: a skipped one leaves them as they are.
     """
-    options = dict(label_smoothing=label_smoothing, z_loss=z_loss)
+    options = dict(label_smoothing=label_smoothing, z_loss=z_loss, r_drop=r_drop)
     gradients_of = make_gradients(
         model, mesh, accumulate=accumulate, rules=rules, ids=ids, **options
     )
@@ -62,8 +55,9 @@ def make_diagnosis(
             """`[B]`: the first sentence of each row whose loss is not finite, from 1; else 0."""
             part, key = part_and_key
             with on_mesh(mesh, rules or ShardingRules()):
-                logits_BTV = apply(nnx.merge(graphdef, params), part, nnx.Rngs(dropout=key), ids)
-            loss_BT, _ = cross_entropy(logits_BTV, part["target_tokens"], **options)
+                loss_BT, _, _ = token_losses(
+                    nnx.merge(graphdef, params), part, key, ids=ids, **options
+                )
             segment_ids_BT, _ = segments(part["target_tokens"], ids)
             is_bad_BT = ~jnp.isfinite(loss_BT) & predicted(part["target_tokens"], ids)
             return _first(is_bad_BT, segment_ids_BT)

@@ -19,9 +19,10 @@ from mqa_jax.decode.lines import LineDecoder
 from mqa_jax.decode.rules import only_text
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model
+from mqa_jax.train.loss import Batch, Metrics, mean_metrics
 from mqa_jax.train.metrics import bleu, chrf, exact_match
 from mqa_jax.train.processes import put_batch, row_share
-from mqa_jax.train.step import Batch, Metrics, make_eval_step, mean_metrics
+from mqa_jax.train.step import make_eval_step
 
 
 def add_up(sums: Sequence[Metrics]) -> dict[str, np.float64]:

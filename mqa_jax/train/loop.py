@@ -94,9 +94,8 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         process_index=index,
         process_count=count,
     )
-    flops = train_flops(
-        model, settings.batch_size, config.data.source_length, config.data.target_length
-    )
+    rows = settings.batch_size * (2 if settings.r_drop else 1)
+    flops = train_flops(model, rows, config.data.source_length, config.data.target_length)
     meter = Meter(log, 1e-12 * flops / mesh.size, diagnosis(config, model, mesh, ids))
     # Were all steps of a run skipped, it would end well with weights that have learnt nothing.
     most_skipped = min(settings.max_skipped_steps, settings.steps)

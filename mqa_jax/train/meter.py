@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from mqa_jax.core.devices import PEAK_TFLOP_PER_S
+from mqa_jax.train.loss import Batch
 from mqa_jax.train.metrics import MetricLog
-from mqa_jax.train.step import Batch
 
 
 class NoLog:

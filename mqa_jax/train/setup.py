@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import EncoderDecoder, Model, build_model
 from mqa_jax.train.diagnose import make_diagnosis
+from mqa_jax.train.loss import Batch
 from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
 from mqa_jax.train.state import TrainState, abstract_state, init_state
-from mqa_jax.train.step import Batch, make_train_step
+from mqa_jax.train.step import make_train_step
 
 
 def set_up(
@@ -70,7 +71,8 @@ def diagnosis(
 
 def step_options(config: Any) -> dict[str, Any]:
     """The arguments of `make_update` that a config has."""
-    return {name: config.train[name] for name in ("label_smoothing", "z_loss", "accumulate")}
+    names = ("label_smoothing", "z_loss", "r_drop", "accumulate")
+    return {name: config.train[name] for name in names}
 
 
 def train_flops(model: Model, rows: int, source_length: int, target_length: int) -> int:

@@ -47,6 +47,6 @@ def config(tmp_path, text_dir):
             on_invalid="error",
             vocab_size=293,
             subword_samples=0,
-            subword_alpha=0.2,
+            subword_alpha=0.3,
         )
     )

@@ -527,8 +527,8 @@ def test_pieces_that_a_row_has_no_room_for_are_not_taken(config, text_dir, tmp_p
 def test_other_samples_are_other_data(config):
     config.update(subword_samples=2)
     prepare(config)
-    config.update(subword_alpha=0.3)
-    with pytest.raises(ValueError, match="subword_alpha: was 0.2, asked 0.3"):
+    config.update(subword_alpha=0.4)
+    with pytest.raises(ValueError, match="subword_alpha: was 0.3, asked 0.4"):
         prepare(config)
 
 

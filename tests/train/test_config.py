@@ -60,7 +60,7 @@ RATES = [
     "model.relu_dropout_rate",
     "train.label_smoothing",
 ]
-NUMBERS = [*RATES, "train.learning_rate", "train.weight_decay", "train.z_loss"]
+NUMBERS = [*RATES, "train.learning_rate", "train.weight_decay", "train.z_loss", "train.r_drop"]
 BAD = [
     *((name, value) for name in ZERO_IS_TOO_FEW for value in (0, -1, 1.5, "2", math.nan, True)),
     *((name, value) for name in ZERO_IS_WELL for value in (-1, 0.5, "2", math.nan, True)),
@@ -124,6 +124,7 @@ def test_a_value_that_makes_no_sense_is_named_by_its_flag(name, value):
         (dict(train__ziel=1), "--config.train.ziel is unknown; there are accumulate, "),
         (dict(train=dict(steps=3)), "--config.train.accumulate is missing.* it is 1 where"),
         (dict(evaluate=3), "--config.evaluate must have the fields .*, and is 3"),
+        (dict(train__r_drop=5.0, model__dropout_rate=0.0), "train.r_drop 5.0 without dropout"),
         (dict(train__patience=2), "train.patience 2 without --config.train.best: name the figure"),
         (
             dict(train__best="loss", train__evaluate_every=9, train__checkpoint_every=2),

@@ -9,17 +9,17 @@ from mqa_jax.train.diagnose import make_diagnosis
 
 
 @pytest.mark.parametrize(
-    "sizes, accumulate",
+    "sizes, options",
     [
-        ((1, 1, 1), 1),
-        pytest.param((1, 1, 1), 2, marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), 1, marks=pytest.mark.slow),
+        ((1, 1, 1), dict()),
+        pytest.param((1, 1, 1), dict(accumulate=2, r_drop=1.0), marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), dict(), marks=pytest.mark.slow),
     ],
 )
 @both_tasks
-def test_the_row_with_an_id_outside_the_vocabulary(task, sizes, accumulate):
+def test_the_row_with_an_id_outside_the_vocabulary(task, sizes, options):
     model, state = begin(task, GRADIENT_DESCENT, sizes)
-    diagnose = make_diagnosis(model, mesh_of(*sizes), seed=0, accumulate=accumulate)
+    diagnose = make_diagnosis(model, mesh_of(*sizes), seed=0, **options)
     batch = random_batch()
     assert diagnose(state.params, put(batch, sizes), 3) == (
         "nothing that shows again with the weights of now"

@@ -18,12 +18,8 @@ from mqa_jax.data import SpecialIds
 from mqa_jax.data.packing import pack
 from mqa_jax.model.transformer import build_model
 from mqa_jax.train.evaluate import add_up
-from mqa_jax.train.step import (
-    cross_entropy,
-    make_eval_step,
-    mean_metrics,
-    segments,
-)
+from mqa_jax.train.loss import cross_entropy, mean_metrics, segments
+from mqa_jax.train.step import make_eval_step
 
 
 @pytest.mark.parametrize("label_smoothing, z_loss", [(0, 0), (0.1, 0), (0, 1e-2), (0.3, 1e-3)])

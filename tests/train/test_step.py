@@ -29,12 +29,8 @@ from stepping import (
 )
 
 from mqa_jax.data import BOS_ID
-from mqa_jax.train.step import (
-    make_eval_step,
-    make_gradients,
-    make_train_step,
-    mean_metrics,
-)
+from mqa_jax.train.loss import apply, mean_metrics, token_losses
+from mqa_jax.train.step import make_eval_step, make_gradients, make_train_step
 
 
 def sums_alone(task, model, params, pairs, label_smoothing, z_loss):
@@ -113,6 +109,38 @@ def test_training_learns_a_batch_by_heart(task, optimizer):
         losses.append(float(metrics["ln_perplexity"]))
     assert losses[0] > 2.5 and losses[-1] < 0.5 * losses[0]
     assert np.isfinite(losses).all()
+
+
+@both_tasks
+def test_r_drop_is_two_readings_and_what_they_disagree_about(task):
+    """Half of Liang et al. 2021, equation 4, from the logits of both, in float64."""
+    model, state = begin(task, GRADIENT_DESCENT, dropout_rate=0.3)
+    model = nnx.merge(nnx.graphdef(model), state.params)
+    batch = make_batch([[pair] for pair in sentences((3, 4), (2, 5), (3, 4))], 7, 5)
+    key, targets_BT = jax.random.key(3), batch["target_tokens"]
+    twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
+    logits = np.asarray(apply(model, twice, nnx.Rngs(dropout=key)), np.float64)
+    log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    first, second = log_p[::2], log_p[1::2]
+    nll_BT = -np.take_along_axis((first + second) / 2, targets_BT[..., None], axis=-1)[..., 0]
+    divergences_BT = sum(
+        np.sum(np.exp(p) * (p - q), axis=-1) for p, q in ((first, second), (second, first))
+    )
+    found = token_losses(model, batch, key, r_drop=5.0)
+    assert float(np.max(divergences_BT)) > 0.01
+    close(found[0], (2 * nll_BT + 5.0 * divergences_BT / 2) / 2, rtol=1e-4)
+    close(found[1], nll_BT, rtol=1e-5)
+    np.testing.assert_array_equal(found[2], logits[::2].astype(np.float32))
+    # Where masks do not differ there is nothing to disagree about; a step counts a token once.
+    for changes, is_same in ((dict(), True), (dict(dropout_rate=0.3), False)):
+        losses = []
+        for r_drop in (0.0, 5.0):
+            model, state = begin(task, GRADIENT_DESCENT, **changes)
+            step = make_train_step(model, GRADIENT_DESCENT, state, seed=0, r_drop=r_drop)
+            _, metrics = step(state, put(batch))
+            assert int(metrics["tokens"]) == np.count_nonzero(targets_BT)
+            losses.append(float(metrics["loss"]))
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == is_same
 
 
 @pytest.mark.slow
@@ -292,6 +320,7 @@ def test_a_step_of_bfloat16_weights_is_done_in_float32():
         (dict(seed=2**32), "seed must be from 0 to 4294967295, not 4294967296"),
         (dict(label_smoothing=1.5), "label_smoothing must be .* below 1, not 1.5"),
         (dict(z_loss=math.nan), "z_loss must be .* not nan"),
+        (dict(r_drop=-1.0), "r_drop must be .* not -1"),
         (dict(accumulate=2.0), "accumulate must be an integer, not 2.0"),
     ],
 )

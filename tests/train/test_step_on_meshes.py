@@ -24,10 +24,7 @@ from stepping import (
 from mqa_jax.model.transformer import build_model
 from mqa_jax.train.optimizer import build_optimizer
 from mqa_jax.train.state import init_state
-from mqa_jax.train.step import (
-    make_eval_step,
-    make_train_step,
-)
+from mqa_jax.train.step import make_eval_step, make_train_step
 
 
 @pytest.mark.slow
@@ -66,13 +63,13 @@ def three_steps(sizes):
 
 
 @functools.cache
-def loss_curve(task, sizes, **changes):
+def loss_curve(task, sizes, r_drop=0.0, **changes):
     """The losses of 20 steps."""
     sizes_of_model = dict(SIZES, num_heads=8, vocab_size=24, d_model=16, d_ff=24) | changes
     build = functools.partial(build_model, task, sizes_of_model)
     optimizer = lenient(build_optimizer("adafactor", lambda _: 0.02))
     model, state = init_state(build, optimizer, mesh_of(*sizes), 3)
-    step = make_train_step(model, optimizer, state, seed=0, label_smoothing=0.1)
+    step = make_train_step(model, optimizer, state, seed=0, label_smoothing=0.1, r_drop=r_drop)
     batch, losses = put(random_batch(), sizes), []
     for _ in range(20):
         state, metrics = step(state, batch)
@@ -82,17 +79,17 @@ def loss_curve(task, sizes, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "num_kv_heads", "sizes"),
+    ("task", "sizes", "options"),
     [
-        ("translation", 1, (1, 8, 1)),
-        ("translation", 8, (1, 1, 8)),
-        ("language_model", 8, (2, 2, 2)),
+        ("translation", (1, 8, 1), dict(num_kv_heads=1)),
+        ("translation", (1, 1, 8), dict(num_kv_heads=8)),
+        ("language_model", (2, 2, 2), dict(num_kv_heads=8, dropout_rate=0.1, r_drop=1.0)),
     ],
 )
-def test_the_loss_curve_is_that_of_one_device(task, num_kv_heads, sizes):
-    expected = loss_curve(task, (1, 1, 1), num_kv_heads=num_kv_heads)
+def test_the_loss_curve_is_that_of_one_device(task, sizes, options):
+    expected = loss_curve(task, (1, 1, 1), **options)
     assert expected[-1] < 0.8 * expected[0]
-    actual = loss_curve(task, sizes, num_kv_heads=num_kv_heads)
+    actual = loss_curve(task, sizes, **options)
     # Sums in another order, which twenty updates carry along.
     np.testing.assert_allclose(actual, expected, rtol=2e-3)
 
