@@ -6,7 +6,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
 """
 
 import functools
-from typing import Required, TypedDict
+from typing import ClassVar, Required, TypedDict
 
 import jax.numpy as jnp
 from flax import nnx
@@ -44,6 +44,9 @@ class Options(TypedDict, total=False):
 
 class Projections(nnx.Module):
     """The weights of `Attention`, whose docstring says what is what, and the products with them."""
+
+    # Of each weight how many axes a product contracts.
+    PRODUCTS: ClassVar = {"query": 1, "key": 1, "value": 1, "out": 2}
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ from mqa_jax.cli.searching import (
     check_search,
     define_search,
 )
-from mqa_jax.cli.source import check_source, define_source, load_source
+from mqa_jax.cli.source import check_source, define_quantize, define_source, load_source
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.paths import local_path
 from mqa_jax.decode.lines import ON_LONG, LineDecoder, LineStats
@@ -62,6 +62,7 @@ def define(values: flags.FlagValues) -> None:
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     define_source(values, "decodes with it")
+    define_quantize(values)
     string("input", "-", "a text, .gz perhaps, to decode line by line; - is standard input")
     string("output", "-", "where the lines go; - is standard output")
     string("reference", None, "the right lines: tells BLEU, or what --score is of")

@@ -31,7 +31,7 @@ from mqa_jax.cli.searching import (
     check_search,
     define_search,
 )
-from mqa_jax.cli.source import Source, check_source, define_source, load_source
+from mqa_jax.cli.source import Source, check_source, define_quantize, define_source, load_source
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import check_place, local_path, write_whole
 from mqa_jax.core.sharding import ShardingRules, make_mesh
@@ -60,6 +60,7 @@ class Text(NamedTuple):
 def define(values: flags.FlagValues) -> None:
     """The flags of this command."""
     define_source(values, "evaluates it")
+    define_quantize(values)
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     flags.DEFINE_enum(
         "split",
@@ -236,7 +237,8 @@ def _of_tokens(
     source: Source, tokenizer: RowTokenizer, params: Any, mesh: Mesh, text: Text
 ) -> dict[str, Any]:
     from mqa_jax.train.evaluate import add_up, sums_of
-    from mqa_jax.train.step import make_eval_step, mean_metrics
+    from mqa_jax.train.loss import mean_metrics
+    from mqa_jax.train.step import make_eval_step
 
     eval_step = make_eval_step(source.model, mesh, ids=tokenizer.ids)
     total = add_up(sums_of(eval_step, params, mesh, text.batches))

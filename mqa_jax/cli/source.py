@@ -6,20 +6,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from flax import nnx
 
 from mqa_jax.cli.arguments import define_model, refuse_idle
 from mqa_jax.cli.pretrained import rules_of, take_defaults
+from mqa_jax.convert import quantize
 from mqa_jax.core.checks import check_integer
+from mqa_jax.core.devices import multiplies_fp8
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
+from mqa_jax.core.quantized import SCHEMES
 from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import Tokenizer
 from mqa_jax.decode.rules import only_text
 from mqa_jax.model.transformer import Model
 
 DTYPES = ("float32", "bfloat16")
+NONE = "none"  # Of --quantize.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,18 @@ def define_source(values: flags.FlagValues, what_for: str) -> None:
     )
 
 
+def define_quantize(values: flags.FlagValues) -> None:
+    """The flag of the precision that a command decodes in."""
+    flags.DEFINE_enum(
+        "quantize",
+        NONE,
+        [NONE, *SCHEMES],
+        "weights in eight bits: int8, and what is multiplied with them rounded as well; "
+        "int8_weights, and it is not; fp8, as int8, for devices that multiply it",
+        flag_values=values,
+    )
+
+
 def check_source(args: flags.FlagValues, what_for: str) -> None:
     """Raises a ValueError for flags of `define_source` that do not go together.
 
@@ -96,6 +113,13 @@ def check_source(args: flags.FlagValues, what_for: str) -> None:
     )
     if args.max_length is not None:
         check_integer("--max_length", args.max_length, most=2**31 - 1)
+    if "quantize" in args and args.quantize == "fp8":
+        device = jax.devices()[0]
+        if not multiplies_fp8(device):
+            raise ValueError(
+                f"--quantize=fp8: the device here, {device.device_kind}, has no products of "
+                "float8: choose int8, or int8_weights"
+            )
     check_run(args)
 
 
@@ -119,14 +143,21 @@ def step_of(args: flags.FlagValues) -> int | str | None:
 
 
 def load_source(args: flags.FlagValues) -> Source:
-    """The model that the flags name. Flags of the search that are not given become what its
-    directory says.
+    """The model that the flags name, those of `define_quantize` among them. Flags of the search
+    that are not given become what its directory says.
 
     Raises:
       ValueError: as `mqa_jax.train.workdir.load_run` or `mqa_jax.hub.load`, or a model of the hub
-        has no tokenizer.
+        has no tokenizer; or its weights are in eight bits already.
     """
-    return _load_run(args) if args.model is None else _load_pretrained(args)
+    source = _load_run(args) if args.model is None else _load_pretrained(args)
+    if args.quantize == NONE:
+        return source
+    try:
+        model = quantize(nnx.merge(nnx.graphdef(source.model), source.params), args.quantize)
+    except ValueError as error:
+        raise ValueError(f"--quantize={args.quantize}: {error}") from None
+    return dataclasses.replace(source, model=model, params=nnx.state(model))
 
 
 def read_run(args: flags.FlagValues) -> Any:

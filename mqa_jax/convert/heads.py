@@ -179,12 +179,17 @@ def convert_attention(
     Raises:
       ValueError: `num_kv_heads` does not divide those that there are; a moment of another shape,
         or of no inputs; a merge that returns anything else than numbers of the right shapes;
-        `attention` is of another class.
+        `attention` is of another class, or quantized.
     """
     if not isinstance(attention, Attention):
         raise ValueError(
             f"a {type(attention).__name__} is no mqa_jax.Attention: copy its weights into one, as "
             "docs/guides/converting.md does with Flax's"
+        )
+    if not isinstance(attention.key, nnx.Param):
+        raise ValueError(
+            "the attention's weights are in eight bits: convert the model that it was made of, and "
+            "quantize what comes out"
         )
     had = attention.key.shape[0]
     _check_divides("num_kv_heads", num_kv_heads, had)

@@ -25,6 +25,17 @@ PEAK_TFLOP_PER_S = {
 _CUDA_GRAPHS = "xla_gpu_enable_command_buffer"
 
 
+def multiplies_fp8(device: jax.Device) -> bool:
+    """Whether it has products of float8; others widen them first, which takes longer than bfloat16.
+
+    NVIDIA's from compute capability 8.9 on, and TPU7x.
+    """
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and capability is not None:
+        return tuple(map(int, str(capability).split("."))) >= (8, 9)
+    return device.device_kind == "TPU7x"
+
+
 def loop_options() -> dict[str, str]:
     """Compiler options for a loop whose end the device decides: `lowered.compile(loop_options())`.
 

@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mqa_jax.core.quantized import Quantized
+
 
 def automatic[**Arguments, Output](
     outputs: Callable[..., Any],
@@ -94,6 +96,8 @@ def spec(array: Any) -> Any:
 
     It is declared as Any, here and below, since it stands in trees where arrays stand.
     """
+    if isinstance(array, Quantized):
+        array = array.values
     entries = tuple(jax.typeof(array).sharding.spec) if isinstance(array, jax.Array) else ()
     return PartitionSpec(*entries, *(None,) * (np.ndim(array) - len(entries)))
 

@@ -16,18 +16,24 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from mqa_jax.core.quantized import INT8, Quantized, rounded
+
 # Up to here a product is bound by reading the weight; it costs nothing to transpose the output.
 FEW_ROWS = 64
 
 
 def linear(
-    x: Array, weight: Array, *, num_inputs: int = 1, output_dtype: DTypeLike | None = None
+    x: Array,
+    weight: Array | Quantized,
+    *,
+    num_inputs: int = 1,
+    output_dtype: DTypeLike | None = None,
 ) -> Array:
     """Contracts the last `num_inputs` axes of `x` with those of `weight`.
 
     Args:
       x: `[..., *inputs]`.
-      weight: `[*outputs, *inputs]`, of the dtype of `x`.
+      weight: `[*outputs, *inputs]`, of the dtype of `x`; or quantized, without a gradient.
       num_inputs: how many axes are contracted.
       output_dtype: that of `x` when None; the sums are kept in it at least. Gradients are taken in
         the dtype of `x` all the same.
@@ -36,11 +42,32 @@ def linear(
       `[..., *outputs]`.
     """
     output_dtype = jnp.dtype(output_dtype or x.dtype)
+    if isinstance(weight, Quantized):
+        return _scaled(x, weight, num_inputs).astype(output_dtype)
     if 0 < math.prod(x.shape[: x.ndim - num_inputs]) <= FEW_ROWS:
         return _few_rows(x, weight, num_inputs, output_dtype)
     if output_dtype == x.dtype:
         return _dot(x, weight, num_inputs, output_dtype)
     return _dot_to_other_dtype(x, weight, num_inputs, output_dtype)
+
+
+def _scaled(x: Array, weight: Quantized, num_inputs: int) -> Array:
+    """The product with a quantized weight, float32.
+
+    A row that holds NaN or infinity comes out as such numbers, whatever they are rounded to.
+    """
+    scales = weight.scales
+    if weight.rounds_rows:
+        x, row_scales = rounded(x, num_inputs, weight.values.dtype)
+        row_scales = row_scales.reshape(*row_scales.shape[: x.ndim - num_inputs])
+        # Exact in float32 up to 2 ** 24, a thousand of the largest products.
+        wide = jnp.dtype(jnp.int32 if weight.values.dtype == INT8 else jnp.float32)
+        scales = jnp.multiply.outer(row_scales, scales)
+    else:
+        wide = jnp.dtype(jnp.float32)
+    few = 0 < math.prod(x.shape[: x.ndim - num_inputs]) <= FEW_ROWS
+    product = (_few_rows if few else _dot)(x, weight.values, num_inputs, wide)
+    return product.astype(jnp.float32) * jnp.broadcast_to(scales, product.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -70,6 +97,8 @@ _dot_to_other_dtype.defvjp(_dot_forward, _dot_backward)
 def _dot(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtype) -> Array:
     x_axes, weight_axes = (range(array.ndim - num_inputs, array.ndim) for array in (x, weight))
     axes = (tuple(x_axes), tuple(weight_axes))
+    # Of a quantized weight: XLA widens it on its way into the product.
+    weight = weight.astype(x.dtype)
     return lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=output_dtype)
 
 
@@ -84,11 +113,16 @@ def _dot_on_cpu(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtyp
     leading, outputs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
     x_RI = x.reshape(math.prod(leading), -1)
     weight_OI = weight.reshape(math.prod(outputs), -1)
-    if len(x_RI) > 1:
+    if x.dtype == INT8:
+        product_RO = _integers_on_cpu(x_RI, weight_OI)
+    elif len(x_RI) > 1:
         # The barrier keeps XLA from turning the transposed product back into `x @ weight.T`, for
         # which its CPU library first copies the whole weight into another order.
         product_OR = lax.dot_general(
-            weight_OI, x_RI, (((1,), (1,)), ((), ())), preferred_element_type=output_dtype
+            weight_OI.astype(x.dtype),
+            x_RI,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=output_dtype,
         )
         product_RO = lax.optimization_barrier(product_OR).T
     elif x.dtype == jnp.bfloat16:
@@ -101,3 +135,13 @@ def _dot_on_cpu(x: Array, weight: Array, num_inputs: int, output_dtype: jnp.dtyp
     else:
         product_RO = _dot(x_RI, weight_OI, 1, output_dtype)
     return product_RO.reshape(*leading, *outputs)
+
+
+def _integers_on_cpu(x_RI: Array, weight_OI: Array) -> Array:
+    """`[R, O]` int32. XLA has instructions for sums of integers, but not for those of one row."""
+    rows = len(x_RI)
+    x_RI = jnp.pad(x_RI, ((0, max(2 - rows, 0)), (0, 0)))
+    product_OR = lax.dot_general(
+        weight_OI, x_RI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    return lax.optimization_barrier(product_OR).T[:rows]

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.devices import loop_options
+from mqa_jax.core.quantized import LARGEST, narrowed
 from mqa_jax.core.sharding import by_rows
 from mqa_jax.decode.arguments import check_token, keys_of
 from mqa_jax.decode.batches import Batch, Batcher, Prompt
@@ -112,11 +113,11 @@ class Generator:
         graphdef, params = nnx.split(model)
         self._graphdef = graphdef
         self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        self._dtype = dtype = jnp.dtype(model.config.dtype)
+        dtype = jnp.dtype(model.config.dtype)
 
         def cast(params: nnx.State) -> nnx.State:
             # Once, before the loop: else every step would read the weights in the wider dtype.
-            return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+            return narrowed(params, dtype)
 
         @functools.partial(jax.jit, static_argnames="limit")
         def run(
@@ -303,7 +304,8 @@ class Generator:
             self._parts[every] = Parts(self._graphdef, self._search, self._bos_id, every)
         parts, start = self._parts[every], time.perf_counter()
         params = jax.tree.map(jnp.asarray, params)  # Once: a part is no time to send weights in.
-        if any(x.ndim > 1 and x.dtype != self._dtype for x in jax.tree.leaves(params)):
+        wanted = jax.tree.leaves(jax.eval_shape(self._cast, params))
+        if any(x.dtype != y.dtype for x, y in zip(jax.tree.leaves(params), wanted, strict=True)):
             params = self._cast(params)
         parts.compile(params, batch)
         now = time.perf_counter()
@@ -412,7 +414,7 @@ class Generator:
             raise ValueError("keys are for a search that draws, such as sample: leave them out")
 
     def _check_params(self, params: nnx.State) -> None:
-        """They are the model's: as many, of the same shapes, and floats."""
+        """They are the model's: as many, of the same shapes, floats or of eight bits as there."""
         if isinstance(params, nnx.Module):
             raise ValueError(
                 f"params are the weights, nnx.state(model), not a {type(params).__name__}"
@@ -424,9 +426,12 @@ class Generator:
                 "give nnx.state(model)"
             )
         for (path, own), x in zip(own_params, given, strict=True):
-            if x.shape != own.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            is_of_eight_bits = own.dtype in LARGEST
+            is_fit = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype not in LARGEST
+            if x.shape != own.shape or (x.dtype != own.dtype if is_of_eight_bits else not is_fit):
+                kind = own.dtype if is_of_eight_bits else "floats"
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} must be floats {list(own.shape)}, as in "
+                    f"params{jax.tree_util.keystr(path)} must be {kind} {list(own.shape)}, as in "
                     f"the model, not {x.dtype} {list(x.shape)}"
                 )
 

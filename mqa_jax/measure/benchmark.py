@@ -35,6 +35,7 @@ from mqa_jax.measure.roofline import (
     Roofline,
     abstract_caches,
     check_memory,
+    check_wide,
     expanded,
     kv_bytes,
     probe,
@@ -160,6 +161,8 @@ def _check(
     for dtype in dtypes:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    for _, config in models.values():
+        check_wide(config)
     return list(itertools.product(batch_sizes, lengths))
 
 

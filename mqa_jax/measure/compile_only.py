@@ -32,7 +32,7 @@ from mqa_jax.core.devices import PEAK_TFLOP_PER_S
 from mqa_jax.core.extras import MissingExtra
 from mqa_jax.core.sharding import ShardingRules, make_mesh
 from mqa_jax.measure.hlo import Program
-from mqa_jax.measure.roofline import abstract_caches, step_weights
+from mqa_jax.measure.roofline import abstract_caches, check_wide, step_weights
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import MODELS
 from mqa_jax.train.setup import set_up
@@ -333,6 +333,7 @@ def decode(
     ):
         mesh = make_mesh(**config.mesh, devices=topology.devices)
         size = TransformerConfig(**config.model.to_dict())
+        check_wide(size)
         size = dataclasses.replace(
             size,
             dtype=dtype or size.dtype,

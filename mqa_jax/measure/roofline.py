@@ -24,6 +24,7 @@ from jax import Array
 from mqa_jax.attention.functional import QUERY_BLOCK
 from mqa_jax.decode.beam import expand
 from mqa_jax.measure.timing import milliseconds, timed
+from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import EncoderDecoder, Model
 
 # Much more than any cache holds, yet read in a blink.
@@ -176,6 +177,15 @@ def _step_weights(model: Model) -> Iterator[tuple[str, Any]]:
         is_of_decoder = first == "decoder" and second != "embedder" and not is_projected_once
         if is_of_decoder or first in (softmax, "logits_bias"):
             yield name, x
+
+
+def check_wide(config: TransformerConfig) -> None:
+    """Raises a ValueError for weights of eight bits: a row is of one dtype."""
+    if config.quantized is not None:
+        raise ValueError(
+            f"quantized={config.quantized!r}: rows of the benchmark are of weights of one dtype, "
+            "float32, bfloat16 or float16; leave it out"
+        )
 
 
 def weight_bytes(model: Model) -> int:

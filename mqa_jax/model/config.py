@@ -14,6 +14,7 @@ from mqa_jax.attention.positions import RelativeBias, Rope
 from mqa_jax.core.arrays import check_dtype
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.norms import NORMS, Norm
+from mqa_jax.core.quantized import SCHEMES
 from mqa_jax.core.sharding import over_batch
 from mqa_jax.model.layers import ACTIVATIONS, FeedForward
 
@@ -30,6 +31,7 @@ CHOICES: dict[str, tuple] = {
     "gated": (False, True),
     "tied_softmax": (None, False, True),
     "remat": (False, True),
+    "quantized": (None, *SCHEMES),
 }
 
 
@@ -85,6 +87,7 @@ class TransformerConfig:
         memory, costs a third more arithmetic.
       dtype: of the activations and the caches.
       param_dtype: of the weights.
+      quantized: weights in eight bits, for decoding: see `mqa_jax.convert.quantize`.
     """
 
     vocab_size: int
@@ -123,6 +126,7 @@ class TransformerConfig:
     remat: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
+    quantized: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a size, rate, choice or dtype that no model can have."""

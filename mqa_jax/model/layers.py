@@ -5,7 +5,7 @@ Array letters: B batch, T length, D model dim, F feed-forward dim, V vocabulary,
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from mqa_jax.core.checks import check_integer
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, partition, spec
 from mqa_jax.core.linear import linear
+from mqa_jax.core.quantized import looked_up
 from mqa_jax.core.sharding import param, zeros
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -44,6 +45,8 @@ class FeedForward(nnx.Module):
       ValueError: a size below 1, an unknown activation, a rate outside `[0, 1)`, or a dtype that is
         no float.
     """
+
+    PRODUCTS: ClassVar = {"wi": 1, "wo": 1, "gate": 1}
 
     def __init__(
         self,
@@ -101,6 +104,8 @@ class Embedding(nnx.Module):
       axes: the letters of the table's axes, "VD" for tokens and "PD" for positions.
     """
 
+    PRODUCTS: ClassVar = {"table": 1}
+
     def __init__(
         self,
         num_embeddings: int,
@@ -129,8 +134,8 @@ class Embedding(nnx.Module):
         # Cast behind the lookup, so that the gradients of a token that occurs a thousand times are
         # summed in the table's own precision (and, on a GPU, without bfloat16's slow atomics).
         table = self.table[...]
-        lookup = _lookup_narrow if jnp.finfo(table.dtype).bits < 32 else _lookup
-        return lookup(table, ids).astype(self.dtype)
+        is_narrow = isinstance(table, Array) and jnp.finfo(table.dtype).bits < 32
+        return (_lookup_narrow if is_narrow else looked_up)(table, ids).astype(self.dtype)
 
     @automatic(lambda self, x_BTD, **_: logits_spec(self.table, *spec(x_BTD)[:-1]))
     def logits(self, x_BTD: ArrayLike, *, scale: float | None = None) -> Array:
@@ -139,18 +144,14 @@ class Embedding(nnx.Module):
         return _logits(x_BTD, self.table, scale, self.dtype)
 
 
-def _lookup(table_VD: Array, ids: Array) -> Array:
-    return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
-
-
 @jax.custom_vjp
 def _lookup_narrow(table_VD: Array, ids: Array) -> Array:
-    """As `_lookup`, of a table in bfloat16, say; its gradient is summed in float32 all the same."""
-    return _lookup(table_VD, ids)
+    """As `looked_up`, of a table in bfloat16, say; its gradient is summed in float32 anyway."""
+    return looked_up(table_VD, ids)
 
 
 def _lookup_forward(table_VD: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _lookup(table_VD, ids), (table_VD, ids)
+    return looked_up(table_VD, ids), (table_VD, ids)
 
 
 def _lookup_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
@@ -165,6 +166,8 @@ _lookup_narrow.defvjp(_lookup_forward, _lookup_backward)
 
 class Softmax(nnx.Module):
     """The product that ends a model whose softmax weights are its own: `[V, D]`."""
+
+    PRODUCTS: ClassVar = {"kernel": 1}
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from mqa_jax.core.sharding import zeros
 from mqa_jax.model.blocks import _Decoder, _Embedder, _EncoderLayer, normed, tokens_and_mask
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.layers import Embedding, Softmax, logits_spec
+from mqa_jax.model.quantized import quantize_weights
 
 
 class _Model(nnx.Module):
@@ -44,6 +45,8 @@ class _Model(nnx.Module):
         has_bias = "logits" in config.bias
         dtype = jnp.dtype(config.param_dtype)
         self.logits_bias = zeros("V", sizes[1:], dtype=dtype) if has_bias else None
+        if config.quantized is not None:
+            quantize_weights(self, config.quantized)
 
     def _build_encoder(self, rngs: nnx.Rngs) -> None:
         """Of a model that has one."""

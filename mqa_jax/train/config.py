@@ -174,6 +174,11 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
         TransformerConfig(**model.to_dict())
     except ValueError as error:
         yield f"--config.model.{error}"  # It begins with the field.
+    if scheme := model.get("quantized"):
+        yield (
+            f"--config.model.quantized {scheme}: weights of eight bits have no gradients; train "
+            "without, and quantize what comes out"
+        )
     if model.get("block") == "parallel" and config.task == "translation":
         yield "--config.model.block parallel leaves no place for what a translation attends to"
     if config.get("init_optimizer") == "continued" and not config.get("init_from"):

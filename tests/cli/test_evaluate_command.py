@@ -57,6 +57,18 @@ def test_the_figures_are_those_of_training_and_of_the_same_text(project, tmp_pat
     assert against["exact_match"] == 1 and against["loss"] != text["loss"]
 
 
+def test_weights_in_eight_bits(project, evaluate):
+    """Which all devices have, and which change the figures by little."""
+    flags = ["--workdir=run", "--split=test", "--max_new_tokens=9"]
+    wide, _ = evaluate(*flags)
+    losses = {wide["loss"]}
+    for scheme, most in (("int8", 2e-2), ("int8_weights", 2e-2)):
+        found, _ = evaluate(*flags, f"--quantize={scheme}")
+        assert found["loss"] == pytest.approx(wide["loss"], rel=most)
+        losses.add(found["loss"])
+    assert len(losses) == 3
+
+
 @pytest.mark.slow
 def test_eight_devices_find_what_one_does(project, tmp_path, evaluate):
     flags = ["--workdir=run", "--split=test", "--beam_size=2", "--step=6"]
@@ -106,6 +118,8 @@ def test_what_cannot_be_evaluated_is_refused(project, tmp_path, monkeypatch, cap
     test = f"--reference={project}/test_2016_flickr.de"
     assert "has 6 lines" in refused(capfd, run, text, test)
     assert "--alpha: of no effect without a" in refused(capfd, run, "--split=test", "--alpha=1")
+    error = refused(capfd, run, "--split=test", "--quantize=fp8")
+    assert "--quantize=fp8: the device here, cpu, has no products of float8" in error
     output = "--output=nowhere/figures.json"
     assert "there is no directory nowhere" in refused(capfd, run, "--split=test", output)
     for output in (".", "run", "/dev/null"):

@@ -26,6 +26,23 @@ def test_a_loop_is_one_cuda_graph_where_there_are_such(kind, flags, is_told, mon
     assert loop.lower(jnp.zeros((), int)).compile(options)(jnp.zeros((), int)) == 10
 
 
+@pytest.mark.parametrize(
+    ("platform", "kind", "capability", "is_known"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", "9.0", True),
+        ("gpu", "NVIDIA L4", "8.9", True),
+        ("gpu", "NVIDIA B200", "10.0", True),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "8.0", False),
+        ("tpu", "TPU7x", None, True),
+        ("tpu", "TPU v6 lite", None, False),
+        ("cpu", "cpu", None, False),
+    ],
+)
+def test_devices_that_multiply_float8(platform, kind, capability, is_known):
+    device = SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+    assert devices.multiplies_fp8(device) == is_known
+
+
 def test_a_name_that_xla_does_not_know_is_left_out_and_told():
     with pytest.warns(UserWarning, match="before every step: .*'FISSION' is not a valid enum"):
         assert devices._known("FUSION,FISSION") == {}

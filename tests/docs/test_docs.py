@@ -46,7 +46,8 @@ def test_examples_run_as_they_stand(block, tmp_path):
 
 def test_the_pages_that_promise_examples_have_them():
     promising = {example.id.rpartition("-")[0] for example in EXAMPLES}
-    guides = {f"docs/guides/{name}.md" for name in ("importing", "measuring", "converting")}
+    names = ("importing", "measuring", "converting", "eight_bits")
+    guides = {f"docs/guides/{name}.md" for name in names}
     assert guides | {"README.md", "docs/decoding.md", "docs/guides/serving.md"} <= promising
 
 

@@ -223,6 +223,12 @@ def test_what_cannot_be_measured_is_refused(options, message):
         sweep(TRANSLATE, **options)
 
 
+def test_a_row_is_of_weights_of_one_dtype():
+    small = {"small": (DecoderOnly, dataclasses.replace(CONFIG, quantized="int8"))}
+    with pytest.raises(ValueError, match="quantized='int8': rows of the benchmark are of weights"):
+        sweep(small)
+
+
 def test_a_run_says_what_it_was_made_on():
     assert benchmark.describe().keys() - {"cache_bytes"} == {
         *("date", "device", "machine", "python", "jax", "jaxlib", "flax")

@@ -124,6 +124,7 @@ def test_a_value_that_makes_no_sense_is_named_by_its_flag(name, value):
         (dict(train__ziel=1), "--config.train.ziel is unknown; there are accumulate, "),
         (dict(train=dict(steps=3)), "--config.train.accumulate is missing.* it is 1 where"),
         (dict(evaluate=3), "--config.evaluate must have the fields .*, and is 3"),
+        (dict(model__quantized="int8"), "model.quantized int8: weights of eight bits have no grad"),
         (dict(train__r_drop=5.0, model__dropout_rate=0.0), "train.r_drop 5.0 without dropout"),
         (dict(train__patience=2), "train.patience 2 without --config.train.best: name the figure"),
         (
