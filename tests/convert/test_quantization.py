@@ -67,7 +67,10 @@ def test_a_quantized_model_is_the_model_to_eight_bits(cls, scheme):
     logits, near = logits_of(model), logits_of(quantized)
     distance = np.max(np.abs(near - logits)) / np.std(logits)
     assert 0 < distance < (0.4 if scheme == "fp8" else 0.15), distance
-    # What is left wide is small; the weights are.
+    # What is added, and norms, are left as they are.
+    embedder, layer = quantized.decoder.embedder, quantized.decoder.layers[0]
+    for left in (embedder.positions.table, layer.attention_norm.scale, layer.attention.key_bias):
+        assert isinstance(left, nnx.Param) and left.dtype == jnp.float32
     kept, rounded = logits_of(widened(quantized)), near
     if scheme == "int8_weights":
         np.testing.assert_allclose(rounded, kept, rtol=1e-4, atol=1e-4)

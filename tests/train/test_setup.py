@@ -1,8 +1,12 @@
 """What a config trains, and what a step of that costs."""
 
+import inspect
+
 from stepping import GRADIENT_DESCENT, initial
 
-from mqa_jax.train.setup import train_flops
+from mqa_jax.core.config import base_config
+from mqa_jax.train.setup import step_options, train_flops
+from mqa_jax.train.step import make_gradients
 
 
 def test_flops_of_a_step():
@@ -16,3 +20,10 @@ def test_flops_of_a_step():
     for task, layers in expected.items():
         model, _ = initial(task, GRADIENT_DESCENT, num_layers=2)
         assert train_flops(model, 3, 7, 5) == 3 * 3 * (layers + softmax)
+
+
+def test_a_config_has_every_option_of_a_step():
+    found = step_options(base_config())
+    own = inspect.signature(make_gradients).parameters.values()
+    options = {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}
+    assert found == {name: x for name, x in options.items() if name not in ("rules", "ids")}
