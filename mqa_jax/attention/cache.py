@@ -9,13 +9,18 @@ Array letters:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
+from mqa_jax.core.arrays import check_dtype
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.explicit import automatic, partition, spec
+from mqa_jax.core.quantized import FP8, LARGEST, Held, Quantized, held
 
 # The tokens of a row that was given more or fewer than there are, where `jax.jit` could raise no
 # error. Far enough below 0 to stay there: all that comes behind them is NaN.
@@ -28,18 +33,18 @@ class KVCache:
     """Keys and values of every token so far, each row at its own position.
 
     Attributes:
-      key: `[B, K, S, H]`.
-      value: `[B, K, S, H]`.
+      key: `[B, K, S, H]`, floats or eight bits.
+      value: `[B, K, S, H]`, likewise.
       length: `[B]` int32, the tokens each row holds, which is the position of its next one.
     """
 
-    key: Array
-    value: Array
+    key: Held
+    value: Held
     length: Array
 
     def append(
         self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
-    ) -> tuple["KVCache", Array, Array, Array, Array]:
+    ) -> tuple["KVCache", Held, Held, Array, Array]:
         """Writes the first `lengths_B[b]` of `T` tokens of row `b` behind those it holds.
 
         Returns:
@@ -76,12 +81,14 @@ class KVCache:
         beam_size = check_integer("beam_size", beam_size)
         batch, _, slots, _ = self.key.shape
 
-        def with_lanes(x_BKSH: Array) -> Array:
-            return jnp.pad(x_BKSH[:, :, None], ((0, 0), (0, 0), (0, beam_size - 1), (0, 0), (0, 0)))
+        def with_lanes(x: Array) -> Array:
+            """`[B, K, S, ...]` as `[B, K, b, S, ...]`."""
+            lanes = ((0, 0), (0, 0), (0, beam_size - 1), *((0, 0),) * (x.ndim - 2))
+            return jnp.pad(x[:, :, None], lanes)
 
         return BeamCache(
-            key=with_lanes(self.key),
-            value=with_lanes(self.value),
+            key=jax.tree.map(with_lanes, self.key),
+            value=jax.tree.map(with_lanes, self.value),
             lane=jnp.zeros((batch, beam_size, slots), jnp.int32),
             length=jnp.repeat(self.length, beam_size),
         )
@@ -103,14 +110,14 @@ class BeamCache:
       length: `[R]` int32, the tokens of each hypothesis.
     """
 
-    key: Array
-    value: Array
+    key: Held
+    value: Held
     lane: Array
     length: Array
 
     def append(
         self, key_BbKH: Array, value_BbKH: Array
-    ) -> tuple["BeamCache", Array, Array, Array, Array]:
+    ) -> tuple["BeamCache", Held, Held, Array, Array]:
         """Writes one token for each hypothesis.
 
         Returns:
@@ -121,7 +128,7 @@ class BeamCache:
         Raises:
           ValueError: as `KVCache.append`.
         """
-        batch, num_kv_heads, beam_size, capacity, head_dim = self.key.shape
+        batch, _, beam_size, capacity, _ = self.key.shape
         length_R = self.length + 1
         is_known = not isinstance(length_R, jax.core.Tracer)
         if is_known and jnp.max(length_R, initial=0) > capacity:
@@ -133,21 +140,20 @@ class BeamCache:
         rows_B1 = jnp.arange(batch)[:, None]
         lanes_1b = jnp.arange(beam_size, dtype=jnp.int32)[None]
 
-        def put(buffer_BKbSH: Array, new_BbKH: Array) -> Array:
-            return buffer_BKbSH.at[rows_B1, :, lanes_1b, slot_Bb].set(
-                new_BbKH.astype(buffer_BKbSH.dtype), mode="drop"
-            )
-
+        at = rows_B1, slice(None), lanes_1b, slot_Bb
         lane_BbS = self.lane.at[rows_B1, lanes_1b, slot_Bb].set(lanes_1b, mode="drop")
-        cache = BeamCache(put(self.key, key_BbKH), put(self.value, value_BbKH), lane_BbS, length_R)
+        key, value = _put(self.key, at, key_BbKH), _put(self.value, at, value_BbKH)
+        cache = BeamCache(key, value, lane_BbS, length_R)
         is_held_BbS = jnp.arange(capacity)[None, None] <= slot_Bb[:, :, None]
         is_mine_BbbS = lane_BbS[:, :, None] == lanes_1b[:, None, :, None]
         mask = (is_mine_BbbS & is_held_BbS[:, :, None]).reshape(
             batch, 1, beam_size, beam_size * capacity
         )
-        flat = (batch, num_kv_heads, beam_size * capacity, head_dim)
         is_lost_Bb = (slot_Bb < 0) | (slot_Bb >= capacity)
-        return cache, cache.key.reshape(flat), cache.value.reshape(flat), mask, is_lost_Bb
+        key, value = jax.tree.map(
+            lambda x: x.reshape(*x.shape[:2], beam_size * capacity, *x.shape[4:]), (key, value)
+        )
+        return cache, key, value, mask, is_lost_Bb
 
     @automatic(lambda self, **_: jax.tree.map(spec, self))
     def reorder(self, parent_Bb: Array) -> "BeamCache":
@@ -162,7 +168,7 @@ class BeamCache:
 
 def _beam_spec(cache: KVCache) -> BeamCache:
     batch, heads, slots, width = spec(cache.key)
-    key = partition(batch, heads, None, slots, width)
+    key = held_spec(partition(batch, heads, None, slots, width), cache.key.dtype)
     return BeamCache(key, key, partition(batch, None, slots), partition(batch))
 
 
@@ -174,18 +180,18 @@ class RingCache:
     What local attention needs, in memory that does not grow with the length.
 
     Attributes:
-      key: `[B, K, W, H]`.
-      value: `[B, K, W, H]`.
+      key: `[B, K, W, H]`, floats or eight bits.
+      value: `[B, K, W, H]`, likewise.
       length: `[B]` int32, the tokens each row has seen, which is the position of its next one.
     """
 
-    key: Array
-    value: Array
+    key: Held
+    value: Held
     length: Array
 
     def append(
         self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
-    ) -> tuple["RingCache", Array, Array, Array, Array]:
+    ) -> tuple["RingCache", Held, Held, Array, Array]:
         """As `KVCache.append`; there is always room, since the oldest tokens make way."""
         window = self.key.shape[2]
         new_length_B = self.length + lengths_B
@@ -200,8 +206,12 @@ class RingCache:
             return cache, cache.key, cache.value, cache._positions(), is_lost_B
         # The first of several queries still see tokens that the last of them push out.
         key_BKSH, value_BKSH = (
-            jnp.concatenate([held, jnp.swapaxes(new, 1, 2).astype(held.dtype)], axis=2)
-            for held, new in ((self.key, key_BTKH), (self.value, value_BTKH))
+            jax.tree.map(
+                lambda old, new: jnp.concatenate([old, new], axis=2),
+                buffer,
+                held(jnp.swapaxes(new, 1, 2), buffer.dtype),
+            )
+            for buffer, new in ((self.key, key_BTKH), (self.value, value_BTKH))
         )
         position_BS = jnp.concatenate(
             [self._positions(), jnp.where(is_token_BT, position_BT, -1)], axis=1
@@ -221,13 +231,13 @@ class CrossCache:
     """Keys and values of an encoder's output, projected once for a whole decode.
 
     Attributes:
-      key: `[B, K, S, H]`.
-      value: `[B, K, S, H]`.
+      key: `[B, K, S, H]`, floats or eight bits.
+      value: `[B, K, S, H]`, likewise.
       mask: `[B, S]` bool, True for a source token, False for padding.
     """
 
-    key: Array
-    value: Array
+    key: Held
+    value: Held
     mask: Array
 
 
@@ -235,11 +245,48 @@ def _write[Cache: (KVCache, RingCache)](
     cache: Cache, key_BTKH: Array, value_BTKH: Array, slot_BT: Array, length_B: Array
 ) -> Cache:
     """`cache` with tokens put into their slots; a slot past the end means: do not write."""
-    rows_B1 = jnp.arange(slot_BT.shape[0])[:, None]
+    at = jnp.arange(slot_BT.shape[0])[:, None], slice(None), slot_BT
+    key, value = _put(cache.key, at, key_BTKH), _put(cache.value, at, value_BTKH)
+    return type(cache)(key, value, length_B)
 
-    def put(buffer_BKSH: Array, new_BTKH: Array) -> Array:
-        return buffer_BKSH.at[rows_B1, :, slot_BT].set(
-            new_BTKH.astype(buffer_BKSH.dtype), mode="drop"
-        )
 
-    return type(cache)(put(cache.key, key_BTKH), put(cache.value, value_BTKH), length_B)
+def _put(buffer: Held, at: tuple, new: Array) -> Held:
+    """`buffer` with vectors `[..., H]` in the places `at`; those that are none are left out."""
+    return jax.tree.map(
+        lambda old, new: old.at[at].set(new, mode="drop"), buffer, held(new, buffer.dtype)
+    )
+
+
+def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> Held:
+    """Room for vectors, `[..., H]`."""
+    zeros = jnp.zeros(shape, dtype)
+    if dtype not in LARGEST:
+        return zeros
+    return Quantized(zeros, jnp.zeros(shape[:-1], jnp.float32), rounds_rows=False)
+
+
+def held_spec(key: Any, dtype: jnp.dtype) -> Any:
+    """How keys or values of a cache are split, where as floats it is as `key` says."""
+    if dtype not in LARGEST:
+        return key
+    scales: Any = PartitionSpec(*tuple(key)[:-1])
+    return Quantized(key, scales, rounds_rows=False)
+
+
+def check_cache_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """`dtype` as one that keys and values in a cache may have.
+
+    Raises:
+      ValueError: it is neither a float, as for activations, nor int8 or fp8 (float8_e4m3fn).
+    """
+    if isinstance(dtype, str) and dtype == "fp8":
+        return FP8
+    try:
+        if dtype is not None and jnp.dtype(dtype) in LARGEST:
+            return jnp.dtype(dtype)
+        return check_dtype(name, dtype)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16, or of eight bits, int8 or fp8, not "
+            f"{dtype!r}"
+        ) from None

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from mqa_jax.attention.functional import PLAIN, Logits, attend
+from mqa_jax.core.quantized import Held, Quantized
 from mqa_jax.core.sharding import decode_axes
 
 # The platform that has a kernel, as JAX names it.
@@ -32,8 +33,8 @@ MAX_ROWS = 64
 
 def attend_to_cache(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask_B1TS: Array,
     end_B: Array | None = None,
     logits: Logits = PLAIN,
@@ -45,13 +46,14 @@ def attend_to_cache(
     nor softcap.
     """
     is_plain = logits.bias is None and logits.softcap is None
-    if not is_plain or not is_supported(query_BTNH, key_BKSH):
+    is_quantized = isinstance(key_BKSH, Quantized) or isinstance(value_BKSH, Quantized)
+    if is_quantized or not is_plain or not is_supported(query_BTNH, key_BKSH):
         return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, logits)
     scale = query_BTNH.shape[-1] ** -0.5 if logits.scale is None else logits.scale
     return _compiled(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM, scale)
 
 
-def is_supported(query_BTNH: Array, key_BKSH: Array) -> bool:
+def is_supported(query_BTNH: Array, key_BKSH: Held) -> bool:
     """Whether the kernel takes queries and a cache of these shapes."""
     _, length, num_heads, head_dim = query_BTNH.shape
     return (

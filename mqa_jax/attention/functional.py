@@ -24,6 +24,7 @@ from mqa_jax.core.arrays import as_floats
 from mqa_jax.core.checks import check_number
 from mqa_jax.core.explicit import automatic, spec
 from mqa_jax.core.linear import FEW_ROWS
+from mqa_jax.core.quantized import LARGEST, Held, Quantized
 
 # Queries of longer sequences are taken block by block, so that memory grows with the length and
 # not with its square.
@@ -144,8 +145,8 @@ def dot_product_attention(
 
 def attend(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask: Array | None,
     logits: Logits = PLAIN,
 ) -> Array:
@@ -161,7 +162,7 @@ def attend(
 
 @jax.custom_jvp
 def _attend_masked(
-    query_BTNH: Array, key_BKSH: Array, value_BKSH: Array, logits: Logits, mask: Array
+    query_BTNH: Array, key_BKSH: Held, value_BKSH: Held, logits: Logits, mask: Array
 ) -> Array:
     return attend_finite(query_BTNH, key_BKSH, value_BKSH, mask, logits, hides_finite=False)
 
@@ -233,8 +234,8 @@ def _sees(mask_BKGTS: Array, is_bad_BKS: Array) -> Array:
 
 def attend_finite(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask: Array | None,
     logits: Logits = PLAIN,
     dropout: Callable[[Array], Array] | None = None,
@@ -283,8 +284,8 @@ def attend_finite(
 
 def _attend_block(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask: Array | None,
     logits: Logits,
     dropout: Callable[[Array], Array] | None,
@@ -297,20 +298,29 @@ def _attend_block(
     # All that ask the same keys are rows of one matrix: for a product over two axes, G and T, XLA
     # takes a quarter longer on a CPU.
     query_BKRH = query_BKGTH.reshape(batch, num_kv_heads, -1, head_dim)
-    product_BKGTS = _query_key(query_BKRH, key_BKSH).reshape(*query_BKGTH.shape[:4], -1)
+    key_BKSH, key_scales_BKS = _values_and_scales(key_BKSH)
+    value_BKSH, value_scales_BKS = _values_and_scales(value_BKSH)
+    product_BKRS = _query_key(query_BKRH, key_BKSH)
+    if key_scales_BKS is not None:
+        product_BKRS *= key_scales_BKS[:, :, None]
+    product_BKGTS = product_BKRS.reshape(*query_BKGTH.shape[:4], -1)
     logits_BKGTS = logits(product_BKGTS, head_dim)
     if mask is not None:
         mask = by_group(mask, num_kv_heads)
         # A finite fill, so that a row with every key masked has a finite softmax (and gradient);
         # the second `where` then makes that row zero, as documented.
         logits_BKGTS = jnp.where(mask, logits_BKGTS, jnp.finfo(jnp.float32).min)
-        weights_BKGTS = jnp.where(mask, jax.nn.softmax(logits_BKGTS), 0.0)
-    else:
-        weights_BKGTS = jax.nn.softmax(logits_BKGTS)
-    weights_BKGTS = weights_BKGTS.astype(value_BKSH.dtype)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS)
+    if value_scales_BKS is not None:
+        weights_BKGTS *= value_scales_BKS[:, :, None, None]
+    if mask is not None:
+        weights_BKGTS = jnp.where(mask, weights_BKGTS, 0.0)
+    dtype = value_BKSH.dtype if value_scales_BKS is None else query_BTNH.dtype
+    weights_BKGTS = weights_BKGTS.astype(dtype)
     if dropout is not None:
         weights_BKGTS = dropout(weights_BKGTS)
-    if hides_finite or mask is None:
+    # Of eight bits the numbers are finite, and what hides a scale is the mask, above.
+    if hides_finite or mask is None or value_scales_BKS is not None:
         weights_BKRS = weights_BKGTS.reshape(*query_BKRH.shape[:3], -1)
         output_BKRH = _weights_value(weights_BKRS, value_BKSH)
     else:
@@ -318,6 +328,10 @@ def _attend_block(
     output_BKGTH = output_BKRH.reshape(query_BKGTH.shape)
     output_BTKGH = jnp.moveaxis(output_BKGTH, 3, 1)
     return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+
+
+def _values_and_scales(x: Held) -> tuple[Array, Array | None]:
+    return (x.values, x.scales) if isinstance(x, Quantized) else (x, None)
 
 
 def _is_sum(rows: int, cache_BKSH: Array) -> bool:
@@ -332,6 +346,8 @@ def _query_key(query_BKRH: Array, key_BKSH: Array) -> Array:
         query_BKRH, key_BKSH = lax.optimization_barrier((query_BKRH, key_BKSH))
         product_BKSH = key_BKSH.astype(jnp.float32) * query_BKRH.astype(jnp.float32)
         return jnp.sum(product_BKSH, axis=3)[:, :, None]
+    if key_BKSH.dtype in LARGEST:
+        key_BKSH = key_BKSH.astype(query_BKRH.dtype)
     query_BKRH = query_BKRH.astype(key_BKSH.dtype)
     if query_BKRH.shape[:2] == (1, 1) and key_BKSH.dtype != jnp.float32:
         # Else XLA on a CPU may fold the transposes of two projections into this product, late, and
@@ -354,6 +370,7 @@ def _weights_value(
         return jnp.sum(product_BKSH, axis=2, keepdims=True)
     if is_seen_BKS is not None:
         value_BKSH = jnp.where(is_seen_BKS[..., None], value_BKSH, jnp.zeros((), value_BKSH.dtype))
+    value_BKSH = value_BKSH.astype(weights_BKRS.dtype)  # Of eight bits.
     output_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, value_BKSH)
     if rows <= FEW_ROWS:
         # Else XLA transposes the product, not its output, which is five times as slow on a CPU.

@@ -16,16 +16,24 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from mqa_jax.attention.cache import LOST, BeamCache, CrossCache, KVCache, RingCache
+from mqa_jax.attention.cache import (
+    LOST,
+    BeamCache,
+    CrossCache,
+    KVCache,
+    RingCache,
+    check_cache_dtype,
+    empty,
+)
 from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.functional import attend_finite, attend_seen, finite, heads_first, spoil
 from mqa_jax.attention.masks import causal_mask, check_bias, check_lengths, check_mask
 from mqa_jax.attention.positions import BiasFunction
-from mqa_jax.attention.projections import Options, Projections
-from mqa_jax.core.arrays import as_floats, as_integers, check_dtype
+from mqa_jax.attention.projections import Options, Projections, cache_spec, cross_cache_spec
+from mqa_jax.core.arrays import as_floats, as_integers
 from mqa_jax.core.checks import check_integer
-from mqa_jax.core.explicit import automatic, explicit_mesh, partition, spec
-from mqa_jax.core.sharding import batch_axes
+from mqa_jax.core.explicit import automatic, spec
+from mqa_jax.core.quantized import held
 
 SelfCache = KVCache | RingCache | BeamCache
 # A cache comes back as what it went in.
@@ -63,7 +71,9 @@ class Attention(Projections):
       kernel_init: draws the weights, called with a key, the shape `[inputs, outputs]` and a dtype,
         as flax's initializers are; a normal of standard deviation `inputs ** -0.5` when None.
       dropout_rate: for the attention weights; takes effect where `__call__` is given `rngs`.
-      dtype: of the activations and the caches.
+      dtype: of the activations, and of the caches if `cache_dtype` is None.
+      cache_dtype: of keys and values in caches: another float, or "int8" or "fp8" (float8_e4m3fn),
+        with a scale for each token and head.
       param_dtype: of the weights.
       rngs: where the weights' initial values come from.
 
@@ -168,7 +178,7 @@ class Attention(Projections):
         output_BTNH, is_bad_BTN = attend_seen(*arrays, mask, logits, dropout)
         return spoil(self.project_output(output_BTNH), jnp.any(is_bad_BTN, axis=2))
 
-    @automatic(lambda self, batch, **_: _cache_spec(self, batch))
+    @automatic(lambda self, batch, dtype=None, **_: cache_spec(self, batch, dtype))
     def init_cache(
         self, batch: int, length: int, dtype: DTypeLike | None = None
     ) -> KVCache | RingCache:
@@ -179,17 +189,17 @@ class Attention(Projections):
         Args:
           batch: `B`.
           length: tokens that a row has room for; a ring has room for any number.
-          dtype: of the keys and values in it; the module's own when None.
+          dtype: of the keys and values in it; the module's `cache_dtype` when None.
         """
         *stack, num_kv_heads, head_dim, _ = self.key.shape
         batch, length = check_integer("batch", batch), check_integer("length", length)
-        dtype = self.dtype if dtype is None else check_dtype("dtype", dtype)
+        dtype = self.cache_dtype if dtype is None else check_cache_dtype("dtype", dtype)
         cache_type, slots = (KVCache, length) if self.window is None else (RingCache, self.window)
         shape = (*stack, batch, num_kv_heads, slots, head_dim)
         # Two buffers, not one twice: a donated buffer may be given away only once.
         return cache_type(
-            key=jnp.zeros(shape, dtype),
-            value=jnp.zeros(shape, dtype),
+            key=empty(shape, dtype),
+            value=empty(shape, dtype),
             length=jnp.zeros((*stack, batch), jnp.int32),
         )
 
@@ -211,7 +221,10 @@ class Attention(Projections):
             )
         self._check_no_positions()
         key_BSKH, value_BSKH = self.project_key_value(without_padding(memory_BSD, mask_BS), None)
-        return CrossCache(key=heads_first(key_BSKH), value=heads_first(value_BSKH), mask=mask_BS)
+        key_BKSH, value_BKSH = (
+            held(heads_first(x_BSKH), self.cache_dtype) for x_BSKH in (key_BSKH, value_BSKH)
+        )
+        return CrossCache(key=key_BKSH, value=value_BKSH, mask=mask_BS)
 
     @automatic(lambda x_BTD, cache, **_: (spec(x_BTD), jax.tree.map(spec, cache)))
     def prefill(
@@ -399,21 +412,6 @@ def _bias(
 
 def without_padding(x_BTD: Array, is_token_BT: Array) -> Array:
     return jnp.where(is_token_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
-
-
-def _cache_spec(attention: Attention, batch: int) -> KVCache | RingCache:
-    mesh = explicit_mesh((attention,), {})
-    heads, *_ = spec(attention.key[...])
-    key = partition(batch_axes(mesh, batch), heads, None, None)
-    cache_type = KVCache if attention.window is None else RingCache
-    return cache_type(key, key, partition(key[0]))
-
-
-def cross_cache_spec(attention: Attention, batch: Any, source: Any) -> CrossCache:
-    """How a memory's keys and values are split on explicit axes: as the memory, and by heads."""
-    heads, *_ = spec(attention.key[...])
-    key = partition(batch, heads, source, None)
-    return CrossCache(key, key, partition(batch, source))
 
 
 class MultiHeadAttention(Attention):

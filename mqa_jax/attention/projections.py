@@ -6,22 +6,30 @@ Array letters, those of `jax.nn.dot_product_attention`:
 """
 
 import functools
-from typing import ClassVar, Required, TypedDict
+from typing import Any, ClassVar, Required, TypedDict
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mqa_jax.attention.cache import (
+    CrossCache,
+    KVCache,
+    RingCache,
+    check_cache_dtype,
+    held_spec,
+)
 from mqa_jax.attention.functional import Logits
 from mqa_jax.attention.masks import check_window
 from mqa_jax.attention.positions import Rope, Rotation
 from mqa_jax.core.arrays import check_dtype
 from mqa_jax.core.checks import check_integer, check_number
 from mqa_jax.core.dropout import Dropout
+from mqa_jax.core.explicit import explicit_mesh, partition, spec
 from mqa_jax.core.linear import linear
 from mqa_jax.core.norms import RMSNorm
-from mqa_jax.core.sharding import param, zeros
+from mqa_jax.core.sharding import batch_axes, param, zeros
 
 
 class Options(TypedDict, total=False):
@@ -38,6 +46,7 @@ class Options(TypedDict, total=False):
     kernel_init: nnx.Initializer | None
     dropout_rate: float
     dtype: DTypeLike
+    cache_dtype: DTypeLike | None
     param_dtype: DTypeLike
     rngs: Required[nnx.Rngs]
 
@@ -66,6 +75,7 @@ class Projections(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         dropout_rate: float = 0.0,
         dtype: DTypeLike = jnp.float32,
+        cache_dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -86,6 +96,9 @@ class Projections(nnx.Module):
         head_dim = check_integer("head_dim", head_dim)
         self.window = check_window(window)
         self.dtype = check_dtype("dtype", dtype)
+        self.cache_dtype = (
+            self.dtype if cache_dtype is None else check_cache_dtype("cache_dtype", cache_dtype)
+        )
         self.dropout = Dropout(dropout_rate)
         if rope is not None and not callable(rope):
             raise ValueError(
@@ -150,3 +163,21 @@ class Projections(nnx.Module):
 
     def project_output(self, x_BTNH: Array) -> Array:
         return self._project(x_BTNH, self.out, self.out_bias, num_inputs=2)
+
+
+def cache_spec(attention: Projections, batch: int, dtype: DTypeLike | None) -> KVCache | RingCache:
+    """How an empty cache of `init_cache` is split on explicit axes: rows, and heads."""
+    mesh = explicit_mesh((attention,), {})
+    heads, *_ = spec(attention.key[...])
+    split = partition(batch_axes(mesh, batch), heads, None, None)
+    dtype = attention.cache_dtype if dtype is None else check_cache_dtype("dtype", dtype)
+    key = held_spec(split, dtype)
+    cache_type = KVCache if attention.window is None else RingCache
+    return cache_type(key, key, partition(split[0]))
+
+
+def cross_cache_spec(attention: Projections, batch: Any, source: Any) -> CrossCache:
+    """How a memory's keys and values are split on explicit axes: as the memory, and by heads."""
+    heads, *_ = spec(attention.key[...])
+    key = held_spec(partition(batch, heads, source, None), attention.cache_dtype)
+    return CrossCache(key, key, partition(batch, source))

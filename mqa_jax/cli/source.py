@@ -92,6 +92,14 @@ def define_quantize(values: flags.FlagValues) -> None:
         "int8_weights, and it is not; fp8, as int8, for devices that multiply it",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "cache_dtype",
+        None,
+        ["float32", "bfloat16", "int8", "fp8"],
+        "of keys and values in the caches, int8 and fp8 with a scale for each token and head; by "
+        "default that of the activations",
+        flag_values=values,
+    )
 
 
 def check_source(args: flags.FlagValues, what_for: str) -> None:
@@ -151,10 +159,12 @@ def load_source(args: flags.FlagValues) -> Source:
         has no tokenizer; or its weights are in eight bits already.
     """
     source = _load_run(args) if args.model is None else _load_pretrained(args)
-    if args.quantize == NONE:
+    scheme = None if args.quantize == NONE else args.quantize
+    if scheme is None and args.cache_dtype is None:
         return source
+    model = nnx.merge(nnx.graphdef(source.model), source.params)
     try:
-        model = quantize(nnx.merge(nnx.graphdef(source.model), source.params), args.quantize)
+        model = quantize(model, scheme, cache_dtype=args.cache_dtype)
     except ValueError as error:
         raise ValueError(f"--quantize={args.quantize}: {error}") from None
     return dataclasses.replace(source, model=model, params=nnx.state(model))

@@ -92,6 +92,7 @@ def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
                 dtype="bfloat16",
                 param_dtype="float32",
                 quantized=placeholder(str),
+                cache_dtype=placeholder(str),
             ),
             # What `python -m mqa_jax.data.prepare` makes of what; see there.
             data=dict(

@@ -37,11 +37,12 @@ SMALLEST = 1e-30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A weight that is about `values * scales`, for `mqa_jax.core.linear.linear`.
+    """What is about `values * scales`: a weight, for `mqa_jax.core.linear.linear`, or the keys or
+    values of a cache.
 
     Attributes:
-      values: `[*outputs, *inputs]`, int8 or float8_e4m3fn.
-      scales: `[*outputs]` float32, above 0.
+      values: `[*outputs, *inputs]`, int8 or float8_e4m3fn; of a cache `[..., H]`.
+      scales: `[*outputs]` float32, above 0; of a cache `[...]`.
       rounds_rows: whether the rows that it is multiplied with are rounded to eight bits first.
     """
 
@@ -53,6 +54,14 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    @property
+    def size(self) -> int:
+        return self.values.size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
     def astype(self, dtype: DTypeLike) -> "Quantized":
         """Itself: that it is not of the activations' dtype is its purpose."""
         return self
@@ -60,6 +69,10 @@ class Quantized:
     def widened(self) -> Array:
         """The weight as an array of float32."""
         return self.values.astype(jnp.float32) * _over_inputs(self.scales, self.values.ndim)
+
+
+# Keys or values in a cache: floats, or eight bits with a scale for each token and head.
+Held = Array | Quantized
 
 
 class QuantizedWeight(nnx.Module):
@@ -120,11 +133,20 @@ def rounded(x: Array, num_inputs: int, dtype: DTypeLike) -> tuple[Array, Array]:
     axes = tuple(range(x.ndim - num_inputs, x.ndim))
     most = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
     most = jnp.where(most > SMALLEST, most, jnp.where(jnp.isnan(most), most, 0.0))
-    # Of NaN and of infinity it is NaN or 0, and the scale tells.
     scaled = x * jnp.where(most > 0, LARGEST[dtype] / most, 0.0)
     if dtype == INT8:
         scaled = jnp.round(scaled)
-    return scaled.astype(dtype), most / LARGEST[dtype]
+    # Of a row that is not finite the scale tells.
+    return jnp.where(jnp.isfinite(most), scaled, 0.0).astype(dtype), most / LARGEST[dtype]
+
+
+def held(x: Array, dtype: DTypeLike) -> Held:
+    """Vectors `[..., H]` as a cache of that dtype holds them: of eight bits with a scale each."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in LARGEST:
+        return x.astype(dtype)
+    values, scales = rounded(x, 1, dtype)
+    return Quantized(values, scales[..., 0], rounds_rows=False)
 
 
 def narrowed(params: Any, dtype: DTypeLike) -> Any:

@@ -27,6 +27,7 @@ _KV_HEADS = dict(
 _OWN_FIELDS = [
     "dtype",
     "param_dtype",
+    "cache_dtype",
     "remat",
     "dropout_rate",
     "attention_dropout_rate",

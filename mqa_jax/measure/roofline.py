@@ -180,12 +180,13 @@ def _step_weights(model: Model) -> Iterator[tuple[str, Any]]:
 
 
 def check_wide(config: TransformerConfig) -> None:
-    """Raises a ValueError for weights of eight bits: a row is of one dtype."""
-    if config.quantized is not None:
-        raise ValueError(
-            f"quantized={config.quantized!r}: rows of the benchmark are of weights of one dtype, "
-            "float32, bfloat16 or float16; leave it out"
-        )
+    """Raises a ValueError for eight bits: a row is of one dtype."""
+    for name in ("quantized", "cache_dtype"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name}={value!r}: a row of the benchmark is of weights and caches of one dtype, "
+                "float32, bfloat16 or float16; leave it out"
+            )
 
 
 def weight_bytes(model: Model) -> int:
@@ -195,7 +196,7 @@ def weight_bytes(model: Model) -> int:
 
 def kv_bytes(caches: Any) -> int:
     """Bytes of the keys and values in a tree of caches."""
-    return sum(_nbytes(x) for cache in _caches(caches) for x in (cache.key, cache.value))
+    return sum(_nbytes(x) for c in _caches(caches) for x in jax.tree.leaves((c.key, c.value)))
 
 
 def step_flops(model: Model, caches: Any, rows: int) -> int:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from mqa_jax.attention import Attention
+from mqa_jax.attention.cache import check_cache_dtype
 from mqa_jax.attention.masks import check_window
 from mqa_jax.attention.positions import RelativeBias, Rope
 from mqa_jax.core.arrays import check_dtype
@@ -88,6 +89,7 @@ class TransformerConfig:
       dtype: of the activations and the caches.
       param_dtype: of the weights.
       quantized: weights in eight bits, for decoding: see `mqa_jax.convert.quantize`.
+      cache_dtype: of keys and values in caches, "int8" and "fp8" among them; `dtype` when None.
     """
 
     vocab_size: int
@@ -127,6 +129,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     quantized: str | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a size, rate, choice or dtype that no model can have."""
@@ -177,6 +180,8 @@ class TransformerConfig:
             self.rope.frequencies(self.head_dim)
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
+        if self.cache_dtype is not None:
+            check_cache_dtype("cache_dtype", self.cache_dtype)
 
     def _check_windows(self) -> None:
         if not isinstance(self.window, tuple):
@@ -217,6 +222,7 @@ class TransformerConfig:
             qkv_bias="qkv" in self.bias,
             out_bias="out" in self.bias,
             dropout_rate=self.attention_dropout_rate,
+            cache_dtype=self.cache_dtype,
             rngs=rngs,
             **self.dtypes,
         )

@@ -20,7 +20,8 @@ from mqa_jax.attention import padding_mask, segment_mask
 from mqa_jax.attention.cache import CrossCache
 from mqa_jax.attention.functional import spoil
 from mqa_jax.attention.masks import check_lengths
-from mqa_jax.attention.module import SelfCache, cross_cache_spec
+from mqa_jax.attention.module import SelfCache
+from mqa_jax.attention.projections import cross_cache_spec
 from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.dropout import Dropout
 from mqa_jax.core.explicit import automatic, partition, spec

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # The fields of `config.model` that say how a model is trained, not which one it is.
 OWN_FIELDS = (
     *("dropout_rate", "attention_dropout_rate", "relu_dropout_rate"),
-    *("remat", "dtype", "param_dtype"),
+    *("remat", "dtype", "param_dtype", "cache_dtype"),
 )
 
 

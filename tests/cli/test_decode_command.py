@@ -101,8 +101,9 @@ def test_a_step_or_a_mean_is_decoded(project, tmp_path, capfd):
     assert "weights: the mean of 2 checkpoints up to that of step 8\n" in capfd.readouterr().err
     errors, code = outputs("--step=7")
     assert code == 2 and "no checkpoint of step 7" in errors and "of steps 8, 6\n" in errors
-    errors, code = outputs("--quantize=int8", "--step=8")
-    assert code == 0 and len(errors.splitlines()) == len(newest.splitlines())
+    for precision in (["--quantize=int8", "--cache_dtype=int8"], ["--cache_dtype=fp8"]):
+        lines, code = outputs(*precision, "--step=8")
+        assert code == 0 and len(lines.splitlines()) == len(newest.splitlines())
     errors, code = outputs("--step=best")
     assert code == 2 and "trained without --config.train.best" in errors and "8, 6\n" in errors
     errors, code = outputs("--step=6", "--average=2")

@@ -15,6 +15,7 @@ from mqa_jax import (
     Generator,
     ShardingRules,
     TransformerConfig,
+    beam_search,
     greedy,
     make_mesh,
 )
@@ -89,12 +90,13 @@ def test_a_quantized_model_is_the_model_to_eight_bits(cls, scheme):
 @pytest.mark.parametrize("cls", MODELS)
 def test_a_generator_decodes_with_eight_bits(cls):
     """And reads its weights in eight bits, whatever dtype the activations are of."""
-    model = quantize(build(cls, dtype="bfloat16"), "int8")
+    model = quantize(build(cls, dtype="bfloat16"), "int8", cache_dtype="int8")
     params, seen = nnx.state(model), set()
 
     def search(step_fn, *args, **options):
         owner = step_fn.args[0] if hasattr(step_fn, "args") else step_fn.__self__
         seen.update(x.dtype for x in jax.tree.leaves(nnx.state(owner)) if x.ndim > 2)
+        seen.update(x.dtype for x in jax.tree.leaves(args[0]) if x.ndim == 4)
         return greedy(step_fn, *args, eos_id=1, **options)
 
     options = dict(batch_size=2, bos_id=0, max_new_tokens=4)
@@ -106,6 +108,8 @@ def test_a_generator_decodes_with_eight_bits(cls):
     for i, ids, _ in in_parts.stream(params, prompts, every=2):
         streamed[i] += ids
     assert streamed == whole
+    search = functools.partial(beam_search, eos_id=1, beam_size=3)
+    assert all(Generator(model, search=search, **options).tokens(params, prompts))
 
 
 @pytest.mark.parametrize("cls", MODELS)
@@ -135,6 +139,8 @@ def test_what_is_refused():
         quantize(model, "int4")
     with pytest.raises(ValueError, match="quantized 'int4' is not one of None, int8"):
         dataclasses.replace(CONFIG, quantized="int4")
+    with pytest.raises(ValueError, match="cache_dtype must be .* int8 or fp8, not 'int4'"):
+        quantize(model, None, cache_dtype="int4")
     with pytest.raises(ValueError, match="a Rngs is neither"):
         quantize(nnx.Rngs(0), "int8")
     quantized = quantize(model, "int8")

@@ -224,9 +224,10 @@ def test_what_cannot_be_measured_is_refused(options, message):
 
 
 def test_a_row_is_of_weights_of_one_dtype():
-    small = {"small": (DecoderOnly, dataclasses.replace(CONFIG, quantized="int8"))}
-    with pytest.raises(ValueError, match="quantized='int8': rows of the benchmark are of weights"):
-        sweep(small)
+    for name in ("quantized", "cache_dtype"):
+        small = {"small": (DecoderOnly, dataclasses.replace(CONFIG, **{name: "int8"}))}
+        with pytest.raises(ValueError, match=f"{name}='int8': a row of the benchmark is of"):
+            sweep(small)
 
 
 def test_a_run_says_what_it_was_made_on():
