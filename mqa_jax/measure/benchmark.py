@@ -84,6 +84,7 @@ def sweep(
     plans = []
     names: Sequence[str | None] = dtypes or [None]
     for dtype, (variant, (model_type, config)) in itertools.product(names, models.items()):
+        check_wide(config)
         dtype = dtype or config.dtype
         max_length = max(config.max_length, longest)
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, max_length=max_length)
@@ -161,8 +162,6 @@ def _check(
     for dtype in dtypes:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
-    for _, config in models.values():
-        check_wide(config)
     return list(itertools.product(batch_sizes, lengths))
 
 
