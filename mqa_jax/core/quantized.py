@@ -1,7 +1,7 @@
-"""Weights in eight bits: a value for each number, and a scale for each output.
+"""Eight bits: weights with a scale for each output, keys and values with one for each vector.
 
-A decode step is bound by reading the weights, and of eight bits it reads a quarter of float32. What
-is multiplied with such a weight is rounded too, each row (token) to a scale of its own, or is not:
+A decode step is bound by reading them, and of eight bits it reads a quarter of float32. What is
+multiplied with such a weight is rounded too, each row (token) to a scale of its own, or is not:
 `SCHEMES` has the names. `mqa_jax.core.linear` has the products.
 
 Array letters: R rows (tokens)   O outputs   I inputs   V vocabulary   D model dim
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -100,11 +99,9 @@ class QuantizedWeight(nnx.Module):
                 "there is nothing to quantize"
             )
         # A scale for each output, which divides nothing where all are zero.
-        scales = jnp.where(scales > 0, scales, 1.0)
+        scales = jnp.where(scales > 0, scales, 1.0).reshape(scales.shape[:-num_inputs])
         self.values = nnx.Param(values, axes=axes)
-        self.scales = nnx.Param(scales.reshape(scales.shape[: scales.ndim - num_inputs]))
-        if axes:
-            self.scales = nnx.Param(self.scales[...], axes=axes[: self.scales.ndim])
+        self.scales = nnx.Param(scales, axes=axes[: scales.ndim])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,13 +168,3 @@ def looked_up(table: Array | Quantized, ids: Array) -> Array:
         values = table.values.at[ids].get(mode="fill", fill_value=0)
         return values.astype(jnp.float32) * scales[..., None]
     return table.at[ids].get(mode="fill", fill_value=jnp.nan)
-
-
-def check_scales(name: str, scales: Array | np.ndarray) -> None:
-    """Raises a ValueError where a number, read from a file say, is no scale."""
-    wrong = np.asarray(~(np.isfinite(scales) & (np.asarray(scales) > 0)))
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name} has {np.asarray(scales)[at]} at {list(at)}: a scale is a finite number above 0"
-        )

@@ -16,7 +16,6 @@ from mqa_jax.core.quantized import (
     LARGEST,
     SCHEMES,
     QuantizedWeight,
-    check_scales,
     rounded,
 )
 from mqa_jax.model.layers import Embedding
@@ -146,10 +145,6 @@ def test_what_no_weight_is():
         QuantizedWeight(nnx.Param(jnp.asarray([[1.0, np.nan]])), 1, "int8")
     with pytest.raises(ValueError, match="read whole"):
         QuantizedWeight(weight, 1, "int8")[0]
-    for bad in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match=rf"key/scales has {bad} at \[1\]"):
-            check_scales("key/scales", np.array([1.0, bad]))
-    check_scales("key/scales", np.array([1.0, 2.0]))
     nothing = QuantizedWeight(nnx.Param(jnp.zeros((2, 3))), 1, "int8")
     np.testing.assert_array_equal(nothing[...].widened(), np.zeros((2, 3)))
-    check_scales("nothing", nothing.scales[...])
+    np.testing.assert_array_equal(nothing.scales[...], np.ones(2))
