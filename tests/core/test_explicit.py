@@ -21,6 +21,7 @@ from mqa_jax.model.layers import Embedding, FeedForward
 
 BATCH, HEADS = ("data", "fsdp"), "tensor"
 B, T, D, N, H = 8, 7, 16, 4, 6
+SLOW = pytest.mark.slow
 LATER = dict(qk_norm=True, softcap=1.0, scale=0.7, qkv_bias=True, out_bias=True)
 same = functools.partial(jax.tree.map, functools.partial(close, **TOLERANCE["float32"]))
 
@@ -72,13 +73,16 @@ def cross(attention, x):
 @pytest.mark.parametrize(
     ("num_kv_heads", "options", "use", "compiled", "is_set"),
     [
-        pytest.param(1, {}, decode, True, True, marks=pytest.mark.slow),
+        pytest.param(1, {}, decode, True, True, marks=SLOW),
         (2, dict(window=3), decode, True, False),
-        pytest.param(2, {}, decode, False, False, marks=pytest.mark.slow),
+        pytest.param(2, {}, decode, False, False, marks=SLOW),
         (4, {}, cross, True, True),
-        pytest.param(2, LATER | dict(rope=Rope()), decode, True, True, marks=pytest.mark.slow),
-        pytest.param(4, LATER | dict(window=3), with_bias, True, True, marks=pytest.mark.slow),
-        pytest.param(2, LATER, cross, True, True, marks=pytest.mark.slow),
+        pytest.param(2, LATER | dict(rope=Rope()), decode, True, True, marks=SLOW),
+        pytest.param(4, LATER | dict(window=3), with_bias, True, True, marks=SLOW),
+        pytest.param(2, LATER, cross, True, True, marks=SLOW),
+        (2, dict(cache_dtype="int8"), decode, True, True),
+        pytest.param(1, dict(cache_dtype="fp8", window=3), decode, False, True, marks=SLOW),
+        pytest.param(2, dict(cache_dtype="int8"), cross, True, False, marks=SLOW),
     ],
 )
 def test_attention_and_its_caches(mesh, num_kv_heads, options, use, compiled, is_set):
@@ -91,8 +95,11 @@ def test_attention_and_its_caches(mesh, num_kv_heads, options, use, compiled, is
     same(got, expected)
     cache = got[0][1] if use is cross else got[2]
     kv_heads = HEADS if num_kv_heads % 2 == 0 else None
-    assert entries(cache.key) == (BATCH, kv_heads, None, None)
+    key = cache.key.values if "cache_dtype" in options else cache.key
+    assert entries(key) == (BATCH, kv_heads, None, None)
     assert entries(jax.tree.leaves(got)[0])[0] == BATCH
+    if key is not cache.key:
+        assert entries(cache.key.scales) == (BATCH, kv_heads, None)
 
 
 @pytest.mark.parametrize("axes", [dict(rows=4, model=2), dict(rows=8)])
