@@ -67,8 +67,6 @@ VARIANTS = {
     ),
     "int8_weights": dict(quantized="int8_weights", num_kv_heads=2, window=(3, None)),
     "int8": dict(quantized="int8", num_kv_heads=1, gated=True, tied_softmax=True, num_layers=1),
-    "int8_cache": dict(cache_dtype="int8", num_kv_heads=1, window=(3, None)),
-    "fp8_cache": dict(cache_dtype="fp8", num_kv_heads=4, num_layers=1),
 }
 # Blocks without a place for cross-attention.
 PARALLEL = {
