@@ -35,17 +35,18 @@ def test_the_state_is_the_run_s_and_the_step_the_first(project):
 
 @pytest.mark.slow
 def test_a_continued_run_that_is_killed_is_the_same(project):
-    """Before its first checkpoint, where it begins again as it began."""
+    """Before its first checkpoint, where it begins again as it began, and behind it."""
     start = ["--config.init_from=run", "--config.init_optimizer=continued"]
     start += ["--config.train.batch_size=8", "--config.train.learning_rate=0.5"]
     start += ["--config.train.warmup_steps=0", "--config.train.decay_steps=0"]
     result = train(project, "continued", *start)
     assert "begins with the weights and the optimizer of run" in result.stdout
-    with Running(project, "continued_killed", *start) as running:
-        running.until_step(1)
-        running.send(signal.SIGKILL)
-        assert running.exit_codes() == [-signal.SIGKILL], running.output()
-    assert "begins with the weights and the optimizer of run" in running.output()
+    for step in (1, 4):
+        with Running(project, "continued_killed", *start) as running:
+            running.until_step(step)
+            running.send(signal.SIGKILL)
+            assert running.exit_codes() == [-signal.SIGKILL], running.output()
+        assert "begins with the weights and the optimizer of run" in running.output()
     train(project, "continued_killed", *start)
     assert final_bytes(running.workdir) == final_bytes(project / "continued")
     assert losses(running.workdir) == losses(project / "continued")
