@@ -10,8 +10,8 @@ model leaves a GPU idle, and several in one program cost it little more than one
 (`checkpoint_every` steps apart) is evaluated, and not the last weights.
 
 `--weights=FILE` keeps the weights of all the runs, and `--teacher=FILE`, with `--teacher_config`,
-is such a file of others: `--distillation` is the share of the loss that is the Kullback-Leibler
-divergence of a run's predictions from theirs, the mean of their probabilities (Hinton et al. 2015).
+is such a file of as many others: each run learns from that of its place, with the share
+`--config.train.distillation`.
 
 The second prints tables of such files, as Markdown: means and standard deviations over seeds, and
 each file against the first one. ln(perplexity): a t-test of the differences by seed. BLEU: paired
@@ -50,7 +50,7 @@ from mqa_jax.decode.rules import only_text
 from mqa_jax.decode.search import greedy
 from mqa_jax.model.transformer import Model, build_model
 from mqa_jax.train.evaluate import add_up
-from mqa_jax.train.loss import apply, mean_metrics, predicted
+from mqa_jax.train.loss import mean_metrics
 from mqa_jax.train.optimizer import build_optimizer
 from mqa_jax.train.setup import schedule_of, step_options
 from mqa_jax.train.state import TrainState, init_state
@@ -66,7 +66,6 @@ BEAMS = flags.DEFINE_integer("beam_size", 4, "Beside greedy.", lower_bound=2)
 WEIGHTS = flags.DEFINE_string("weights", None, "Where the runs' weights go, as .npz.")
 TEACHER = flags.DEFINE_string("teacher", None, "Weights to distil; see above.")
 TEACHER_CONFIG = config_flags.DEFINE_config_file("teacher_config", help_string="Of these.")
-DISTILLATION = flags.DEFINE_float("distillation", 0.5, "Its share of the loss.")
 SPLITS = flags.DEFINE_list("splits", ["validation", "test"], "To evaluate.")
 TRANSLATED = flags.DEFINE_list("translated", ["test"], "Those of which BLEU is told, too.")
 
@@ -92,8 +91,8 @@ def train(
     model = drawn[0][0]
     teacher = None
     if TEACHER.value is not None:
-        wise = abstract(TEACHER_CONFIG.value)
-        teacher = wise, load(Path(TEACHER.value), wise)
+        structure = abstract(TEACHER_CONFIG.value)
+        teacher = structure, load(Path(TEACHER.value), structure)
     return model, Training(config, data, model, teacher)(params, seeds, average=average)
 
 
@@ -126,7 +125,7 @@ class Training:
 
     Args:
       model: its structure.
-      teacher: the structure and the stacked weights of models to distil, if any.
+      teacher: the structure and the stacked weights of models to learn from, if any.
     """
 
     def __init__(
@@ -138,35 +137,17 @@ class Training:
     ):
         self._data, self._optimizer = data, optimizer_of(config)
         mesh = make_mesh(devices=jax.devices()[:1])
-        ids = Manifest.read(data).ids
-        gradients = make_gradients(model, mesh, ids=ids, **step_options(config))
-        self._teacher = None if teacher is None else teacher[1]
-
-        def divergence(params: Any, batch: Any, key: Any, wise: Any) -> Any:
-            """The sum over tokens of how far a model is from its teachers."""
-
-            def log_p(structure: Model, params: Any, rngs: nnx.Rngs | None) -> Any:
-                logits_BTV = apply(nnx.merge(nnx.graphdef(structure), params), batch, rngs, ids)
-                return jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
-
-            each_NBTV = jax.vmap(lambda params: log_p(teacher[0], params, None))(wise)
-            wanted_BTV = jax.nn.logsumexp(each_NBTV, axis=0) - jnp.log(len(each_NBTV))
-            found_BTV = log_p(model, params, nnx.Rngs(dropout=key))
-            far_BT = jnp.sum(jnp.exp(wanted_BTV) * (wanted_BTV - found_BTV), axis=-1)
-            return jnp.sum(far_BT, where=predicted(batch["target_tokens"], ids))
+        structure, self._teacher_params = (None, None) if teacher is None else teacher
+        gradients = make_gradients(
+            model, mesh, teacher=structure, ids=Manifest.read(data).ids, **step_options(config)
+        )
+        update = make_update(self._optimizer, gradients)
 
         def one(
-            state: TrainState, batch: Any, seed: Any, rate: Any, wise: Any
+            state: TrainState, batch: Any, seed: Any, rate: Any, teacher_params: Any
         ) -> tuple[TrainState, Any]:
-            def all_gradients(params: Any, batch: Any, key: Any) -> Any:
-                own, sums = gradients(params, batch, key)
-                if wise is None:
-                    return own, sums
-                share, theirs = DISTILLATION.value, jax.grad(divergence)(params, batch, key, wise)
-                return jax.tree.map(lambda x, y: (1 - share) * x + share * y, own, theirs), sums
-
-            update = make_update(self._optimizer, all_gradients)
-            new, metrics = update(state, batch, dropout_key(seed, state.step))
+            key = dropout_key(seed, state.step)
+            new, metrics = update(state, batch, key, teacher_params)
             # All that an optimizer does is in proportion to its learning rate, so that the rate
             # need not be a part of the program, of which there would be one for every schedule.
             params = jax.tree.map(lambda x, y: x + rate * (y - x), state.params, new.params)
@@ -174,11 +155,12 @@ class Training:
             return state, (metrics["loss"], metrics["skipped"])
 
         def run(
-            state: TrainState, batches: Any, seeds: Any, rates: Any, wise: Any
+            state: TrainState, batches: Any, seeds: Any, rates: Any, teacher_params: Any
         ) -> tuple[TrainState, Any]:
             def step(state: TrainState, batch_and_rates: Any) -> tuple[TrainState, Any]:
-                batch, rates = batch_and_rates
-                return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(state, batch, seeds, rates, wise)
+                return jax.vmap(one)(
+                    state, batch_and_rates[0], seeds, batch_and_rates[1], teacher_params
+                )
 
             return jax.lax.scan(step, state, (batches, rates))
 
@@ -249,7 +231,7 @@ class Training:
                 if following is not None:
                     waiting = pool.submit(chunk, *following)
                 state, (losses, skipped) = self._run(
-                    state, given[0], np.asarray(seeds, np.uint32), given[1], self._teacher
+                    state, given[0], np.asarray(seeds, np.uint32), given[1], self._teacher_params
                 )
                 done, end = span
                 if end in saved:
@@ -358,7 +340,6 @@ def measure() -> None:
         seeds=seeds,
         parameters=sum(x.size for x in jax.tree.leaves(nnx.state(model))),
         average=AVERAGE.value,
-        distillation=DISTILLATION.value if TEACHER.value else 0.0,
         beam_size=BEAMS.value,
         train_seconds=round(trained),
         seconds=round(time.perf_counter() - began),

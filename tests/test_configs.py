@@ -158,8 +158,8 @@ def test_what_a_file_leaves_to_the_base_is_what_it_always_was(module):
     assert (found.pop("init_from"), found.pop("init_optimizer")) == ("", "fresh")
     later = (found["data"].pop("subword_samples"), found["data"].pop("subword_alpha"))
     assert later == (0, 0.3)
-    later = (found["train"].pop(name) for name in ("best", "patience", "r_drop"))
-    assert tuple(later) == ("", 0, 0.0)
+    names = ("best", "patience", "r_drop", "distillation", "teacher")
+    assert tuple(found["train"].pop(name) for name in names) == ("", 0, 0.0, 0.0, "")
     model = {field: found["model"][field] for field in kept[name]["model"]}
     assert found | {"model": model} == kept[name]
     # Fields that came later are as if they were not there.

@@ -123,7 +123,11 @@ def base_config(model: Mapping[str, Any] | None = None) -> ConfigDict:
                 weight_decay=0.0,  # Times the learning rate; of norms and positions none.
                 label_smoothing=0.0,  # These two are of `mqa_jax.train.loss.cross_entropy`.
                 z_loss=0.0,
-                r_drop=0.0,  # Of `mqa_jax.train.loss.token_losses`.
+                # These two are of `mqa_jax.train.loss.token_losses`; the teacher is a directory as
+                # `init_from` takes it, of a model of the same task and tokenizer.
+                r_drop=0.0,
+                distillation=0.0,
+                teacher="",
                 seed=0,  # Of the weights, of dropout and of the order of the data.
                 log_every=100,  # These three are steps.
                 evaluate_every=5_000,

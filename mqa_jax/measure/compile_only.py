@@ -36,6 +36,7 @@ from mqa_jax.measure.roofline import abstract_caches, check_wide, step_weights
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import MODELS
 from mqa_jax.train.setup import set_up
+from mqa_jax.train.teacher import find_teacher
 
 GIB = 2**30
 
@@ -282,7 +283,9 @@ def train(config: ConfigDict, topology_name: str) -> int:
     topology = find_topology(topology_name)
     mesh = make_mesh(**config.mesh, devices=topology.devices)
     batch_size = config.train.batch_size
-    _, state, step, _ = set_up(config, mesh, is_abstract=True)
+    teacher = find_teacher(config, mesh, is_abstract=True)
+    structure, teacher_params = (None, None) if teacher is None else teacher[:2]
+    _, state, step, _ = set_up(config, mesh, is_abstract=True, teacher=structure)
     batch = {
         f"{side}_tokens": _abstract(mesh, "BT", (batch_size, length), jnp.int32)
         for side in ("source", "target")
@@ -292,8 +295,12 @@ def train(config: ConfigDict, topology_name: str) -> int:
         f"a train step, batch {batch_size}",
         topology,
         mesh,
-        step.lower(state, batch),
-        {"parameters": state.params, "optimizer": state.opt_state, "batch": batch},
+        step.lower(state, batch, teacher_params),
+        {
+            "parameters": (state.params, teacher_params),
+            "optimizer": state.opt_state,
+            "batch": batch,
+        },
         "--config.mesh.fsdp and --config.mesh.tensor split parameters and optimizer; a smaller "
         "--config.train.batch_size, a larger topology, --config.train.accumulate=2 (or more) and "
         "--config.model.remat leave fewer activations",

@@ -114,6 +114,7 @@ _NUMBERS: dict[str, dict[str, float]] = {
         ["train.label_smoothing", *(f"model.{name}" for name in DROPOUT_RATES)],
         {"least": 0, "below": 1},
     ),
+    "train.distillation": {"least": 0, "most": 1},
 }
 _CHOICES: dict[str, Sequence[Any]] = {
     "task": tuple(MODELS),
@@ -190,6 +191,18 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
         yield (
             f"--config.train.r_drop {config.train.r_drop} without dropout: two readings of a batch "
             "differ by their dropout alone; set --config.model.dropout_rate"
+        )
+    if not isinstance(config.train.teacher, str):
+        yield f"--config.train.teacher must be a directory, not {config.train.teacher!r}"
+    elif (share := config.train.distillation) == 0 and config.train.teacher:
+        yield (
+            f"--config.train.teacher {config.train.teacher!r} with a share of 0 of the loss: set "
+            "--config.train.distillation, to 0.5 say"
+        )
+    elif share and not config.train.teacher:
+        yield (
+            f"--config.train.distillation {share} without --config.train.teacher: name the "
+            "directory of a trained model to learn from"
         )
     larger = "raise --config.model.max_length"
     if config.get("init_from"):

@@ -4,6 +4,7 @@ Array letters: B batch   T target length   V vocabulary
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import Model
 from mqa_jax.train.loss import Batch, predicted, segments, token_losses
-from mqa_jax.train.step import dropout_key, in_parts, make_gradients
+from mqa_jax.train.step import dropout_key, in_parts, make_gradients, with_weights
 
 SHOWN = 4  # Names, or rows, of each kind.
 
@@ -30,25 +31,35 @@ def make_diagnosis(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     r_drop: float = 0.0,
+    teacher: Model | None = None,
+    distillation: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
     ids: SpecialIds = OWN_IDS,
-) -> Callable[[nnx.State, Batch, int], str]:
+) -> Callable[..., str]:
     """A function that does a step's work again and looks for what was not finite in it.
 
     Apart from the step, which would be slower for it. Arguments as for `make_train_step`.
 
     Returns:
-      a function of parameters, batch and the position of the step, from 0, to one line of words.
-      The parameters may be those of a later step: a skipped one leaves them as they are.
+      a function of parameters, batch, the position of the step, from 0, and, with a teacher, its
+      weights, to one line of words. The parameters may be those of a later step: a skipped one
+      leaves them as they are.
     """
-    options = dict(label_smoothing=label_smoothing, z_loss=z_loss, r_drop=r_drop)
+    options: dict[str, Any] = dict(
+        label_smoothing=label_smoothing, z_loss=z_loss, r_drop=r_drop, distillation=distillation
+    )
     gradients_of = make_gradients(
-        model, mesh, accumulate=accumulate, rules=rules, ids=ids, **options
+        model, mesh, teacher=teacher, accumulate=accumulate, rules=rules, ids=ids, **options
     )
     graphdef, vocab_size = nnx.graphdef(model), model.config.vocab_size
 
-    def look(params: nnx.State, batch: Batch, position: ArrayLike) -> dict[str, dict[str, Array]]:
+    def look(
+        params: nnx.State,
+        batch: Batch,
+        position: ArrayLike,
+        teacher_params: nnx.State | None = None,
+    ) -> dict[str, dict[str, Array]]:
         key = dropout_key(seed, position)
 
         def sentences(part_and_key: tuple[Batch, Array]) -> Array:
@@ -56,7 +67,12 @@ def make_diagnosis(
             part, key = part_and_key
             with on_mesh(mesh, rules or ShardingRules()):
                 loss_BT, _, _ = token_losses(
-                    nnx.merge(graphdef, params), part, key, ids=ids, **options
+                    nnx.merge(graphdef, params),
+                    part,
+                    key,
+                    teacher=with_weights(teacher, teacher_params),
+                    ids=ids,
+                    **options,
                 )
             segment_ids_BT, _ = segments(part["target_tokens"], ids)
             is_bad_BT = ~jnp.isfinite(loss_BT) & predicted(part["target_tokens"], ids)
@@ -71,7 +87,7 @@ def make_diagnosis(
             name: _first((tokens != ids.pad) & ((tokens < 0) | (tokens >= vocab_size)), tokens)
             for name, tokens in batch.items()
         }
-        gradients, _ = gradients_of(params, batch, key)
+        gradients, _ = gradients_of(params, batch, key, teacher_params)
         leaves = jax.tree_util.tree_leaves_with_path(gradients)
         return {
             "ids": outside,
@@ -84,8 +100,10 @@ def make_diagnosis(
 
     look = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def diagnose(params: nnx.State, batch: Batch, position: int) -> str:
-        found = jax.device_get(look(params, batch, np.int32(position)))
+    def diagnose(
+        params: nnx.State, batch: Batch, position: int, teacher_params: nnx.State | None = None
+    ) -> str:
+        found = jax.device_get(look(params, batch, np.int32(position), teacher_params))
         causes = []
         for name, ids in found["ids"].items():
             if rows := np.flatnonzero(ids).tolist():

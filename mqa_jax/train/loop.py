@@ -23,8 +23,9 @@ from mqa_jax.train.meter import Meter, NoLog
 from mqa_jax.train.metrics import MetricLog
 from mqa_jax.train.processes import Stop, first_process_first, put_batch, row_share
 from mqa_jax.train.progress import Best, lacks_evaluation
-from mqa_jax.train.setup import diagnosis, set_up, train_flops
+from mqa_jax.train.setup import diagnosis, set_up, step_flops
 from mqa_jax.train.start import find_start
+from mqa_jax.train.teacher import find_teacher
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later.
 
@@ -44,12 +45,16 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     check_config(config, mesh.shape)
     if jax.process_index() == 0:
         stack.enter_context(locked(path, "training"))
+    # Here, as processes read it together.
+    teacher = find_teacher(config, mesh)
     with first_process_first():
         workdirs.check(path, workdirs.describe(config))
         data = prepare(config.data, begin.tokenizer)
         tokenizer = workdirs.load_row_tokenizer(data)
         manifest = Manifest.read(data)
-        about = workdirs.describe(config, manifest)
+        if teacher is not None:
+            teacher.check_tokenizer(tokenizer.sha256)
+        about = workdirs.describe(config, manifest, teacher and teacher.sha256)
         workdirs.check(path, about)
 
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -64,7 +69,10 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     )
     is_resumed, ids = checkpoints.latest_step() is not None, tokenizer.ids
     params = None if is_resumed else begin.params
-    model, state, train_step, schedule = set_up(config, mesh, ids=ids, params=params)
+    structure, teacher_params = (None, None) if teacher is None else teacher[:2]
+    model, state, train_step, schedule = set_up(
+        config, mesh, ids=ids, params=params, teacher=structure
+    )
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     if is_resumed:
         workdirs.check_signed(path, checkpoints.run(), about)
@@ -82,6 +90,8 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     if not is_resumed and config.get("init_from"):
         moments = " and the optimizer" * (begin.continued is not None)
         log.print(f"begins with the weights{moments} of {config.init_from}")
+    if teacher is not None:
+        log.print(f"learns from {config.train.teacher} too")
     for remark in remarks(config):
         log.print(remark)
     index, count = row_share(mesh, settings.batch_size)
@@ -94,9 +104,9 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         process_index=index,
         process_count=count,
     )
-    rows = settings.batch_size * (2 if settings.r_drop else 1)
-    flops = train_flops(model, rows, config.data.source_length, config.data.target_length)
-    meter = Meter(log, 1e-12 * flops / mesh.size, diagnosis(config, model, mesh, ids))
+    flops = step_flops(config, model, structure)
+    diagnose = diagnosis(config, model, mesh, ids, structure)
+    meter = Meter(log, 1e-12 * flops / mesh.size, lambda *found: diagnose(*found, teacher_params))
     # Were all steps of a run skipped, it would end well with weights that have learnt nothing.
     most_skipped = min(settings.max_skipped_steps, settings.steps)
 
@@ -114,7 +124,7 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
     waiting = None
     while step < settings.steps and not is_stopped and not is_over:
         batch = put_batch(mesh, next(batches))
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, teacher_params)
         if step == start and jax.process_index() == 0:
             # What was prepared, built and compiled is possible: from here on it is this run's.
             jax.block_until_ready(metrics)

@@ -1,6 +1,6 @@
 """What a batch's tokens cost: the forward pass over packed rows, and the loss of it.
 
-Array letters: B batch   S source length   T target length   V vocabulary
+Array letters: B batch   R readings of it   S source length   T target length   V vocabulary
 """
 
 from collections.abc import Mapping
@@ -115,6 +115,8 @@ def token_losses(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     r_drop: float = 0.0,
+    teacher: Model | None = None,
+    distillation: float = 0.0,
     ids: SpecialIds = OWN_IDS,
 ) -> tuple[Array, Array, Array]:
     """What a batch's target tokens cost in training.
@@ -129,6 +131,9 @@ def token_losses(
         Kullback-Leibler divergence between the two predictions, the mean of both ways, is added to
         the sum of their two losses: the alpha of R-Drop (Liang et al. 2021, equation 4). The mean
         of the two readings is returned, so half of that.
+      teacher: with its weights; a model of the same ids, which reads the batch without dropout.
+      distillation: the share of the loss that is the Kullback-Leibler divergence of the model's
+        predictions from the teacher's (Hinton et al. 2015, at temperature 1); all else is the rest.
       ids: as for `apply`.
 
     Returns:
@@ -142,19 +147,30 @@ def token_losses(
     loss_BT, nll_BT = cross_entropy(
         logits_BTV, rows["target_tokens"], label_smoothing=label_smoothing, z_loss=z_loss
     )
-    if not r_drop:
+    if teacher is None and not r_drop:
         return loss_BT, nll_BT, logits_BTV
-    loss_B2T, nll_B2T, logits_B2TV = (
-        x.reshape(-1, 2, *x.shape[1:]) for x in (loss_BT, nll_BT, logits_BTV)
+    loss_BRT, nll_BRT, logits_BRTV = (
+        x.reshape(-1, readings, *x.shape[1:]) for x in (loss_BT, nll_BT, logits_BTV)
     )
-    log_p_B2TV = jax.nn.log_softmax(logits_B2TV.astype(wide(logits_B2TV)))
-    both_ways_BT = jnp.sum(
-        (jnp.exp(log_p_B2TV[:, 0]) - jnp.exp(log_p_B2TV[:, 1]))
-        * (log_p_B2TV[:, 0] - log_p_B2TV[:, 1]),
-        axis=-1,
-    )
-    loss_BT = jnp.mean(loss_B2T, axis=1) + r_drop / 4 * both_ways_BT
-    return loss_BT, jnp.mean(nll_B2T, axis=1), logits_B2TV[:, 0]
+    loss_BT, log_p_BRTV = jnp.mean(loss_BRT, axis=1), _log_p(logits_BRTV)
+    if r_drop:
+        first_BTV, second_BTV = log_p_BRTV[:, 0], log_p_BRTV[:, 1]
+        both_ways_BT = _divergence(first_BTV, second_BTV) + _divergence(second_BTV, first_BTV)
+        loss_BT += r_drop / 4 * both_ways_BT
+    if teacher is not None:
+        wanted_BTV = jax.lax.stop_gradient(_log_p(apply(teacher, batch, None, ids)))
+        far_BT = jnp.mean(_divergence(wanted_BTV[:, None], log_p_BRTV), axis=1)
+        loss_BT = (1 - distillation) * loss_BT + distillation * far_BT
+    return loss_BT, jnp.mean(nll_BRT, axis=1), logits_BRTV[:, 0]
+
+
+def _log_p(logits: Array) -> Array:
+    return jax.nn.log_softmax(logits.astype(wide(logits)))
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    """Of distribution q from p, in nats (Kullback and Leibler)."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def loss_sums(

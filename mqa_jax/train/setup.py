@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import EncoderDecoder, Model, build_model
 from mqa_jax.train.diagnose import make_diagnosis
-from mqa_jax.train.loss import Batch
 from mqa_jax.train.optimizer import build_optimizer, rsqrt_schedule
 from mqa_jax.train.state import TrainState, abstract_state, init_state
 from mqa_jax.train.step import make_train_step
@@ -25,6 +24,7 @@ def set_up(
     is_abstract: bool = False,
     ids: SpecialIds = OWN_IDS,
     params: Callable[[nnx.State, Mesh], nnx.State] | None = None,
+    teacher: Model | None = None,
 ) -> tuple[Model, TrainState, jax.stages.Wrapped, optax.Schedule]:
     """What a config file trains, for train.py to run and for `compile_only` to compile.
 
@@ -33,6 +33,7 @@ def set_up(
       is_abstract: `abstract_state` in place of `init_state`.
       ids: of the batches, as the tokenizer has them.
       params: as for `init_state`.
+      teacher: the structure of `config.train.teacher`, whose weights the train step is then given.
 
     Returns:
       the model's structure, the state, the train step, and the learning rate by step.
@@ -45,7 +46,9 @@ def set_up(
     else:
         model, state = init_state(build, optimizer, mesh, settings.seed, params=params)
     options = step_options(config)
-    train_step = make_train_step(model, optimizer, state, seed=settings.seed, ids=ids, **options)
+    train_step = make_train_step(
+        model, optimizer, state, seed=settings.seed, teacher=teacher, ids=ids, **options
+    )
     return model, state, train_step, schedule
 
 
@@ -62,17 +65,26 @@ def schedule_of(config: Any) -> optax.Schedule:
 
 
 def diagnosis(
-    config: Any, model: Model, mesh: Mesh, ids: SpecialIds
-) -> Callable[[nnx.State, Batch, int], str]:
+    config: Any, model: Model, mesh: Mesh, ids: SpecialIds, teacher: Model | None = None
+) -> Callable[..., str]:
     """What says why a step of `set_up` was skipped; see `make_diagnosis`."""
     options = step_options(config)
-    return make_diagnosis(model, mesh, ids=ids, seed=config.train.seed, **options)
+    return make_diagnosis(model, mesh, teacher=teacher, ids=ids, seed=config.train.seed, **options)
 
 
 def step_options(config: Any) -> dict[str, Any]:
     """The arguments of `make_update` that a config has."""
-    names = ("label_smoothing", "z_loss", "r_drop", "accumulate")
+    names = ("label_smoothing", "z_loss", "r_drop", "distillation", "accumulate")
     return {name: config.train[name] for name in names}
+
+
+def step_flops(config: Any, model: Model, teacher: Model | None = None) -> int:
+    """`train_flops` of a step of a config: of two readings with R-Drop, and with a teacher's."""
+    rows = config.train.batch_size
+    lengths = config.data.source_length, config.data.target_length
+    flops = train_flops(model, rows * (2 if config.train.r_drop else 1), *lengths)
+    # A third of a step's is forward.
+    return flops if teacher is None else flops + train_flops(teacher, rows, *lengths) // 3
 
 
 def train_flops(model: Model, rows: int, source_length: int, target_length: int) -> int:

@@ -71,25 +71,7 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
         # Before its first checkpoint a run begins again as it began.
         has_weights = bool(steps_in(workdir / CHECKPOINTS))
         path = workdir if has_weights and load_config(workdir).get("init_from") else path
-    if path.is_file():
-        raise ValueError(f"--config.init_from {text!r} is a file: give the directory that it is in")
-    if not (path / CONFIG).is_file():
-        raise ValueError(
-            f"--config.init_from {text!r} has no {CONFIG}: give a directory of the hub, or the "
-            "workdir of a run"
-        )
-    is_run = "model_type" not in read_json(path / CONFIG)
-    task, model, tokenizer, params = _of_run(path) if is_run else _of_hub(path, config)
-    if task != config.task:
-        raise ValueError(
-            f"--config.init_from {text!r} is a {task}, and the config's task is {config.task!r}: "
-            "give a config of that task"
-        )
-    if tokenizer.vocab_size > model["vocab_size"]:
-        raise ValueError(
-            f"--config.init_from {text!r}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, "
-            f"its model vectors for {model['vocab_size']}: they do not belong together"
-        )
+    is_run, model, tokenizer, params = read_model(f"--config.init_from {text!r}", path, config)
     # A copy: fields that follow a field of the model keep the values that they have.
     fields = config.to_dict()
     fields["model"] = model | {name: config.model[name] for name in OWN_FIELDS}
@@ -127,6 +109,44 @@ def pretrained(
     return Pretrained(model, tokenizer.tokenizer, tokenizer.generation, tokenizer.family)
 
 
+def read_model(
+    name: str, path: Path, config: ConfigDict
+) -> tuple[bool, dict[str, Any], RowTokenizer, Callable[[nnx.State, Mesh], nnx.State]]:
+    """What a directory holds; no weight is read.
+
+    Args:
+      name: of the directory, in errors.
+      path: of the hub, or of a run.
+      config: of the run that it is for.
+
+    Returns:
+      whether it is a run's; the model's fields; its tokenizer; and what reads the weights, as for
+      `Start`.
+
+    Raises:
+      ValueError: it holds none, or one of another task.
+    """
+    if path.is_file():
+        raise ValueError(f"{name} is a file: give the directory that it is in")
+    if not (path / CONFIG).is_file():
+        raise ValueError(
+            f"{name} has no {CONFIG}: give a directory of the hub, or the workdir of a run"
+        )
+    is_run = "model_type" not in read_json(path / CONFIG)
+    task, model, tokenizer, params = _of_run(path) if is_run else _of_hub(name, path, config)
+    if task != config.task:
+        raise ValueError(
+            f"{name} is a {task}, and the config's task is {config.task!r}: give a config of that "
+            "task"
+        )
+    if tokenizer.vocab_size > model["vocab_size"]:
+        raise ValueError(
+            f"{name}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its model vectors "
+            f"for {model['vocab_size']}: they do not belong together"
+        )
+    return is_run, model, tokenizer, params
+
+
 def _check_optimizer(path: Path, is_run: bool, config: ConfigDict) -> None:
     """Raises a ValueError if there is no optimizer that goes on as the config's."""
     checkpoints, asked = path / CHECKPOINTS, config.train.optimizer
@@ -160,8 +180,10 @@ def _of_run(path: Path) -> tuple[str, dict[str, Any], RowTokenizer, Any]:
     return config.task, config.model.to_dict(), load_row_tokenizer(path), params
 
 
-def _of_hub(path: Path, config: ConfigDict) -> tuple[str, dict[str, Any], RowTokenizer, Any]:
-    require("hub", "--config.init_from")
+def _of_hub(
+    name: str, path: Path, config: ConfigDict
+) -> tuple[str, dict[str, Any], RowTokenizer, Any]:
+    require("hub", name)
 
     from mqa_jax import hub
     from mqa_jax.hub.row_tokenizer import HubRowTokenizer

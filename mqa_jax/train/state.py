@@ -43,11 +43,9 @@ def abstract_state(
     rules: ShardingRules | None = None,
 ) -> tuple[Model, TrainState]:
     """As `init_state`, with shapes and shardings in place of arrays: allocates nothing."""
-    rules = rules or ShardingRules()
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
-    params = nnx.state(model)
-    shardings = nnx.as_pure(rules.params(mesh, params))
-    params = nnx.as_pure(params)
+    params = abstract_params(model, mesh, rules)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
     # Any, as shapes and shardings stand in a state's tree where its arrays do.
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -70,6 +68,16 @@ def abstract_state(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
         TrainState(replicated, shardings, opt_shardings),
+    )
+
+
+def abstract_params(model: Model, mesh: Mesh, rules: ShardingRules | None = None) -> nnx.State:
+    """A model's weights as shapes, each with its place on a mesh."""
+    params = nnx.state(model)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nnx.as_pure(params),
+        nnx.as_pure((rules or ShardingRules()).params(mesh, params)),
     )
 
 

@@ -36,6 +36,11 @@ def dropout_key(seed: ArrayLike, step: ArrayLike) -> Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+def with_weights(model: Model | None, params: nnx.State | None) -> Model | None:
+    """The model of a structure and its weights; none of none."""
+    return None if model is None else nnx.merge(nnx.graphdef(model), params)
+
+
 def in_parts(batch: Batch, parts: int) -> Batch:
     """Arrays `[B, ...]` as `[parts, B / parts, ...]`, each row where it lies.
 
@@ -61,17 +66,25 @@ def make_gradients(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     r_drop: float = 0.0,
+    teacher: Model | None = None,
+    distillation: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
     ids: SpecialIds = OWN_IDS,
-) -> Callable[[nnx.State, Batch, Array], tuple[nnx.State, Metrics]]:
+) -> Callable[..., tuple[nnx.State, Metrics]]:
     """A function of parameters, batch and key of dropout to the gradients and the sums of the loss.
 
-    The gradients are of the sum over tokens, not of the mean. Arguments as for `make_train_step`.
+    With a teacher its weights are one more argument of that function. The gradients are of the sum
+    over tokens, not of the mean. Arguments as for `make_train_step`.
     """
+    if (teacher is None) != (distillation == 0):
+        has = "without" if teacher is None else "with"
+        raise ValueError(f"distillation {distillation} {has} a teacher: they go together")
     graphdef = nnx.graphdef(model)
 
-    def loss_fn(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+    def loss_fn(
+        params: nnx.State, batch: Batch, key: Array, teacher_params: nnx.State | None
+    ) -> tuple[Array, Metrics]:
         with on_mesh(mesh, rules or ShardingRules()):
             loss_BT, nll_BT, logits_BTV = token_losses(
                 nnx.merge(graphdef, params),
@@ -80,28 +93,31 @@ def make_gradients(
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
                 r_drop=r_drop,
+                teacher=with_weights(teacher, teacher_params),
+                distillation=distillation,
                 ids=ids,
             )
         sums = loss_sums(loss_BT, nll_BT, logits_BTV, batch, ids)
         return sums["loss"], sums
 
     def gradients_and_sums(
-        params: nnx.State, batch: Batch, key: Array
+        params: nnx.State, batch: Batch, key: Array, teacher_params: nnx.State | None = None
     ) -> tuple[nnx.State, Metrics]:
         """Of the whole batch, from its parts; of the sums of the loss, since these add up."""
         gradient = jax.grad(loss_fn, has_aux=True)
         if accumulate == 1:
-            return gradient(params, batch, key)
+            return gradient(params, batch, key, teacher_params)
 
         def add(total: Any, part_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
-            gradients = gradient(params, *part_and_key)
+            gradients = gradient(params, *part_and_key, teacher_params)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), None
 
         parts = in_parts(batch, accumulate), jax.random.split(key, accumulate)
         first = jax.tree.map(lambda x: x[0], parts)
         # Not in the dtype of the weights: in bfloat16 a sum of 256 parts no longer grows.
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, wide(x)), jax.eval_shape(gradient, params, *first)
+            lambda x: jnp.zeros(x.shape, wide(x)),
+            jax.eval_shape(gradient, params, *first, teacher_params),
         )
         return jax.lax.scan(add, zeros, parts)[0]
 
@@ -110,17 +126,20 @@ def make_gradients(
 
 def make_update(
     optimizer: optax.GradientTransformation,
-    gradients_and_sums: Callable[[nnx.State, Batch, Array], tuple[nnx.State, Metrics]],
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
-    """The update of `make_train_step` as a function of state, batch and key of dropout, not jitted.
+    gradients_and_sums: Callable[..., tuple[nnx.State, Metrics]],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The update of `make_train_step` as a function of state, batch, key of dropout and, with a
+    teacher, its weights; not jitted.
 
     Args:
       optimizer: what turns gradients into updates.
       gradients_and_sums: of `make_gradients`.
     """
 
-    def update(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        gradients, sums = gradients_and_sums(state.params, batch, key)
+    def update(
+        state: TrainState, batch: Batch, key: Array, teacher_params: nnx.State | None = None
+    ) -> tuple[TrainState, Metrics]:
+        gradients, sums = gradients_and_sums(state.params, batch, key, teacher_params)
         tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
         # In the dtype of the weights, as any optimizer expects them.
         gradients = jax.tree.map(
@@ -158,6 +177,8 @@ def make_train_step(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     r_drop: float = 0.0,
+    teacher: Model | None = None,
+    distillation: float = 0.0,
     accumulate: int = 1,
     rules: ShardingRules | None = None,
     ids: SpecialIds = OWN_IDS,
@@ -176,15 +197,18 @@ def make_train_step(
       label_smoothing: see `cross_entropy`.
       z_loss: see `cross_entropy`.
       r_drop: see `token_losses`.
+      teacher: the structure of a model to learn from, too.
+      distillation: its share of the loss, see `token_losses`.
       accumulate: gradients of so many parts of a batch are summed one after the other before the
         update, in float32, which saves memory; it must divide the rows of a batch.
       rules: those of the state; `ShardingRules()` when None.
       ids: those of the batches that stand for no text, as the tokenizer has them.
 
     Returns:
-      a function of state and batch (see `apply`) to the new state and the metrics `loss`,
-      `ln_perplexity` (both the mean a target token, in nats), `accuracy`, `gradient_norm`, `tokens`
-      (target tokens) and `skipped` (1 for an update that was skipped, else 0).
+      a function of state, batch (see `apply`) and, with a teacher, its weights, to the new state
+      and the metrics `loss`, `ln_perplexity` (both the mean a target token, in nats), `accuracy`,
+      `gradient_norm`, `tokens` (target tokens) and `skipped` (1 for an update that was skipped,
+      else 0).
 
     Raises:
       ValueError: a number out of its range, a state that is on no mesh, or (of the function
@@ -195,6 +219,7 @@ def make_train_step(
     check_number("label_smoothing", label_smoothing, least=0, below=1)
     check_number("z_loss", z_loss, least=0)
     check_number("r_drop", r_drop, least=0)
+    check_number("distillation", distillation, least=0, most=1)
     mesh = getattr(state.step.sharding, "mesh", None)
     if not isinstance(mesh, Mesh):
         raise ValueError(
@@ -207,14 +232,18 @@ def make_train_step(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         r_drop=r_drop,
+        teacher=teacher,
+        distillation=distillation,
         accumulate=accumulate,
         rules=rules,
         ids=ids,
     )
     update = make_update(optimizer, gradients_and_sums)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return update(state, batch, dropout_key(seed, state.step))
+    def train_step(
+        state: TrainState, batch: Batch, teacher_params: nnx.State | None = None
+    ) -> tuple[TrainState, Metrics]:
+        return update(state, batch, dropout_key(seed, state.step), teacher_params)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

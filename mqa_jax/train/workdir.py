@@ -230,11 +230,16 @@ def load_row_tokenizer(directory: Path) -> RowTokenizer:
     return HubRowTokenizer.load(path)
 
 
-def describe(config: ConfigDict, data: Manifest | None = None) -> dict[str, Any]:
-    """All that decides what a run comes to, as JSON: its config and, once it is there, its data."""
+def describe(
+    config: ConfigDict, data: Manifest | None = None, teacher_sha256: str | None = None
+) -> dict[str, Any]:
+    """All that decides what a run comes to, as JSON: its config and, once they are there, its data
+    and, if it learns from another model, that one."""
     about = {"config": json.loads(config.to_json())}
     if data is not None:
         digest = {"tokenizer_sha256": data.tokenizer_sha256}
+        if teacher_sha256 is not None:
+            digest["teacher_sha256"] = teacher_sha256
         about["data"] = digest | {"manifest": dataclasses.asdict(data)}
     return about
 

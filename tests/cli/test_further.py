@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from checkpoints import WORDS, write, write_words
 from flax import nnx
 
@@ -250,6 +251,22 @@ def test_a_model_of_another_task_and_one_without_a_tokenizer_are_refused(gpt2, t
     path.unlink()
     assert language_model(tmp_path, *start) == 2
     assert f"{gpt2}: there is no tokenizer that can be read" in capfd.readouterr().err
+
+
+def test_a_model_of_the_hub_teaches(gpt2, tmp_path, capfd):
+    """Itself: there is nothing to learn. Another one: a run that has begun refuses it."""
+    run, weights = tmp_path / "run", gpt2 / "model.safetensors"
+    start = [f"--config.init_from={gpt2}", f"--workdir={run}", STILL]
+    start += ["--config.train.distillation=1", f"--config.train.teacher={gpt2}"]
+    assert language_model(tmp_path, *start) == 0
+    assert f"learns from {gpt2} too" in capfd.readouterr().out
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(abs(r["loss"]) < 1e-6 < r["ln_perplexity"] for r in logged if r["kind"] == "train")
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["transformer.wte.weight"] *= 2
+    safetensors.numpy.save_file(tensors, weights)
+    assert language_model(tmp_path, *start, "--config.train.steps=3") == 2
+    assert "data.teacher_sha256: '" in capfd.readouterr().err
 
 
 @pytest.mark.slow

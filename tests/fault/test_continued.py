@@ -35,8 +35,12 @@ def test_the_state_is_the_run_s_and_the_step_the_first(project):
 
 @pytest.mark.slow
 def test_a_continued_run_that_is_killed_is_the_same(project):
-    """Before its first checkpoint, where it begins again as it began, and behind it."""
+    """Before its first checkpoint, where it begins again as it began, and behind it.
+
+    With a teacher, which is read again at each start.
+    """
     start = ["--config.init_from=run", "--config.init_optimizer=continued"]
+    start += ["--config.train.teacher=run", "--config.train.distillation=0.5"]
     start += ["--config.train.batch_size=8", "--config.train.learning_rate=0.5"]
     start += ["--config.train.warmup_steps=0", "--config.train.decay_steps=0"]
     result = train(project, "continued", *start)

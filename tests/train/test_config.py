@@ -60,12 +60,17 @@ RATES = [
     "model.relu_dropout_rate",
     "train.label_smoothing",
 ]
-NUMBERS = [*RATES, "train.learning_rate", "train.weight_decay", "train.z_loss", "train.r_drop"]
+NUMBERS = [
+    *RATES,
+    *("train.learning_rate", "train.weight_decay", "train.z_loss"),
+    *("train.r_drop", "train.distillation"),
+]
 BAD = [
     *((name, value) for name in ZERO_IS_TOO_FEW for value in (0, -1, 1.5, "2", math.nan, True)),
     *((name, value) for name in ZERO_IS_WELL for value in (-1, 0.5, "2", math.nan, True)),
     *((name, value) for name in NUMBERS for value in (-0.5, math.nan, math.inf, "0.1", True)),
     *((name, value) for name in RATES for value in (1.0, 1.5)),
+    ("train.distillation", 1.5),
     ("train.seed", 2**32),
     *((f"train.{name}", 10**9) for name in ("steps", "hold_steps", "warmup_steps", "decay_steps")),
     ("train.optimizer", "sgd"),
@@ -126,6 +131,9 @@ def test_a_value_that_makes_no_sense_is_named_by_its_flag(name, value):
         (dict(evaluate=3), "--config.evaluate must have the fields .*, and is 3"),
         (dict(model__quantized="int8"), "model.quantized int8: weights of eight bits have no grad"),
         (dict(train__r_drop=5.0, model__dropout_rate=0.0), "train.r_drop 5.0 without dropout"),
+        (dict(train__distillation=0.5), "distillation 0.5 without --config.train.teacher: name"),
+        (dict(train__teacher="runs/a"), "teacher 'runs/a' with a share of 0 of the loss: set"),
+        (dict(train__teacher=3, train__distillation=0.5), "train.teacher must be a directory"),
         (dict(train__patience=2), "train.patience 2 without --config.train.best: name the figure"),
         (
             dict(train__best="loss", train__evaluate_every=9, train__checkpoint_every=2),

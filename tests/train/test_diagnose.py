@@ -12,21 +12,25 @@ from mqa_jax.train.diagnose import make_diagnosis
     "sizes, options",
     [
         ((1, 1, 1), dict()),
-        pytest.param((1, 1, 1), dict(accumulate=2, r_drop=1.0), marks=pytest.mark.slow),
+        pytest.param(
+            (1, 1, 1), dict(accumulate=2, r_drop=1.0, distillation=0.5), marks=pytest.mark.slow
+        ),
         pytest.param((2, 2, 2), dict(), marks=pytest.mark.slow),
     ],
 )
 @both_tasks
 def test_the_row_with_an_id_outside_the_vocabulary(task, sizes, options):
     model, state = begin(task, GRADIENT_DESCENT, sizes)
-    diagnose = make_diagnosis(model, mesh_of(*sizes), seed=0, **options)
+    teacher = model if "distillation" in options else None
+    diagnose = make_diagnosis(model, mesh_of(*sizes), seed=0, teacher=teacher, **options)
+    wise = state.params if teacher else None
     batch = random_batch()
-    assert diagnose(state.params, put(batch, sizes), 3) == (
+    assert diagnose(state.params, put(batch, sizes), 3, wise) == (
         "nothing that shows again with the weights of now"
     )
     batch["target_tokens"] = batch["target_tokens"].copy()
     batch["target_tokens"][5, 1] = 77
-    cause = diagnose(state.params, put(batch, sizes), 3)
+    cause = diagnose(state.params, put(batch, sizes), 3, wise)
     ids, loss, gradients = cause.split("; ")
     assert ids == "target_tokens of rows 5 (77) have ids outside of 22"
     assert loss == "the loss of rows 5 (sentence 1)"

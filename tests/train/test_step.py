@@ -143,6 +143,42 @@ def test_r_drop_is_two_readings_and_what_they_disagree_about(task):
         assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == is_same
 
 
+@both_tasks
+def test_distillation_is_a_share_of_how_far_the_teacher_is(task):
+    """Its predictions without dropout, beside each reading's; in float64 from the logits."""
+    changes = dict(dropout_rate=0.3)
+    model, state = begin(task, GRADIENT_DESCENT, **changes)
+    structure, wise = begin(task, GRADIENT_DESCENT, num_kv_heads=4, num_layers=2, **changes)
+    batch = make_batch([[pair] for pair in sentences((3, 4), (2, 5), (3, 4))], 7, 5)
+    key, targets_BT = jax.random.key(3), batch["target_tokens"]
+
+    def log_p(model, params, batch, rngs=None):
+        logits = apply(nnx.merge(nnx.graphdef(model), params), batch, rngs)
+        logits = np.asarray(logits, np.float64)
+        return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+
+    wanted = log_p(structure, wise.params, batch)
+    for r_drop in (0.0, 5.0):
+        own = token_losses(nnx.merge(nnx.graphdef(model), state.params), batch, key, r_drop=r_drop)
+        readings = 2 if r_drop else 1
+        again = jax.tree.map(lambda x, n=readings: np.repeat(x, n, axis=0), batch)
+        found = log_p(model, state.params, again, nnx.Rngs(dropout=key))
+        wanted_each = np.repeat(wanted, readings, axis=0)
+        far_BT = np.sum(np.exp(wanted_each) * (wanted_each - found), axis=-1)
+        far_BT = np.mean(far_BT.reshape(-1, readings, *far_BT.shape[1:]), axis=1)
+        assert np.min(far_BT[targets_BT > 0]) > 0.01
+        taught = token_losses(
+            nnx.merge(nnx.graphdef(model), state.params),
+            batch,
+            key,
+            r_drop=r_drop,
+            teacher=nnx.merge(nnx.graphdef(structure), wise.params),
+            distillation=0.3,
+        )
+        close(taught[0], 0.7 * np.asarray(own[0]) + 0.3 * far_BT, rtol=1e-4, atol=1e-6)
+        close(taught[1:], own[1:], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone():
     frozen, task = optax.sgd(0.0), "language_model"
@@ -245,8 +281,8 @@ def test_a_gradient_alone_that_is_not_finite_is_skipped_too(monkeypatch):
     def spoiled(*args, **options):
         own = make_gradients(*args, **options)
 
-        def gradients(params, batch, key):
-            found, sums = own(params, batch, key)
+        def gradients(*args):
+            found, sums = own(*args)
             leaves, tree = jax.tree.flatten(found)
             return jax.tree.unflatten(tree, [leaves[0] * jnp.inf, *leaves[1:]]), sums
 
@@ -321,6 +357,12 @@ def test_a_step_of_bfloat16_weights_is_done_in_float32():
         (dict(label_smoothing=1.5), "label_smoothing must be .* below 1, not 1.5"),
         (dict(z_loss=math.nan), "z_loss must be .* not nan"),
         (dict(r_drop=-1.0), "r_drop must be .* not -1"),
+        (dict(distillation=1.5), "distillation must be .* not 1.5"),
+        (dict(distillation=0.5), "distillation 0.5 without a teacher: they go together"),
+        (
+            dict(teacher=initial("language_model", GRADIENT_DESCENT)[0]),
+            "distillation 0.0 with a teacher: they go together",
+        ),
         (dict(accumulate=2.0), "accumulate must be an integer, not 2.0"),
     ],
 )

@@ -5,6 +5,7 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from stepping import (
@@ -63,16 +64,20 @@ def three_steps(sizes):
 
 
 @functools.cache
-def loss_curve(task, sizes, r_drop=0.0, **changes):
-    """The losses of 20 steps."""
+def loss_curve(task, sizes, r_drop=0.0, distillation=0.0, **changes):
+    """The losses of 20 steps; a teacher, if there is one, has the weights of the start."""
     sizes_of_model = dict(SIZES, num_heads=8, vocab_size=24, d_model=16, d_ff=24) | changes
     build = functools.partial(build_model, task, sizes_of_model)
     optimizer = lenient(build_optimizer("adafactor", lambda _: 0.02))
     model, state = init_state(build, optimizer, mesh_of(*sizes), 3)
-    step = make_train_step(model, optimizer, state, seed=0, label_smoothing=0.1, r_drop=r_drop)
+    options = dict(label_smoothing=0.1, r_drop=r_drop, distillation=distillation)
+    teacher, wise = None, None
+    if distillation:
+        teacher, wise = model, jax.tree.map(jnp.copy, state.params)
+    step = make_train_step(model, optimizer, state, seed=0, teacher=teacher, **options)
     batch, losses = put(random_batch(), sizes), []
     for _ in range(20):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, wise)
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -82,7 +87,7 @@ def loss_curve(task, sizes, r_drop=0.0, **changes):
     ("task", "sizes", "options"),
     [
         ("translation", (1, 8, 1), dict(num_kv_heads=1)),
-        ("translation", (1, 1, 8), dict(num_kv_heads=8)),
+        ("translation", (1, 1, 8), dict(num_kv_heads=8, distillation=0.1)),
         ("language_model", (2, 2, 2), dict(num_kv_heads=8, dropout_rate=0.1, r_drop=1.0)),
     ],
 )
