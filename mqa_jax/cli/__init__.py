@@ -1,6 +1,6 @@
 """The commands, a file each, and how they end.
 
-    mqa-jax train|decode|evaluate|convert|export|benchmark|prepare [--flag=value ...]
+    mqa-jax train|decode|evaluate|convert|quantize|export|benchmark|prepare [--flag=value ...]
 
 A mistake of the user's ends in one line on standard error and exit status 2; a bug of ours keeps
 its traceback and ends in 1. A mistake is what a `raise` statement of ours says to be one: an error
@@ -27,6 +27,7 @@ COMMANDS = {
     "decode": ("train", "translates or continues the lines of a text with a trained model"),
     "evaluate": ("train", "tells how good a trained model is, on its own data or on any text"),
     "convert": ("train", "gives a trained model fewer key/value heads"),
+    "quantize": ("train", "gives a trained model weights and caches of eight bits"),
     "export": ("train", "writes a trained model for others: transformers, or NumPy"),
     "benchmark": ("plot", "measures what a decode step costs, or compiles one for a TPU"),
     "prepare": ("train", "makes text ready for training, which else the first run does"),

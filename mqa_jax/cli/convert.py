@@ -313,7 +313,7 @@ def report(
     from mqa_jax.measure.roofline import abstract_caches, kv_bytes
     from mqa_jax.train.metrics import bleu, exact_match
 
-    check_lengths(args, before, lines, references)
+    check_lengths(args.input, before, lines, args.reference, references)
     notes, columns = [], []
     sources, sizes = (before, after), (args.batch_size, args.context)
     times = step_milliseconds([source.model for source in sources], *sizes)
@@ -335,13 +335,17 @@ def report(
 
 
 def check_lengths(
-    args: flags.FlagValues, source: Source, lines: list[str], references: list[str] | None
+    file: str,
+    source: Source,
+    lines: list[str],
+    reference: str | None,
+    references: list[str] | None,
 ) -> None:
     """Raises a ValueError, before anything is measured, for lines that there is no room for."""
     most = source.model.config.max_length
-    texts = [(args.input, texts_of(source, lines))]
-    if references is not None:
-        texts.append((args.reference, [source.tokenizer.encode_target(x) for x in references]))
+    texts = [(file, texts_of(source, lines))]
+    if reference is not None and references is not None:
+        texts.append((reference, [source.tokenizer.encode_target(x) for x in references]))
     for file, rows in texts:
         if long := [(i, len(ids)) for i, ids in enumerate(rows, start=1) if len(ids) > most]:
             more = f" (and {len(long) - 1} more lines are too long)" if long[1:] else ""

@@ -82,11 +82,11 @@ def define_source(values: flags.FlagValues, what_for: str) -> None:
     )
 
 
-def define_quantize(values: flags.FlagValues) -> None:
+def define_quantize(values: flags.FlagValues, default: str = NONE) -> None:
     """The flag of the precision that a command decodes in."""
     flags.DEFINE_enum(
         "quantize",
-        NONE,
+        default,
         [NONE, *SCHEMES],
         "weights in eight bits: int8, and what is multiplied with them rounded as well; "
         "int8_weights, and it is not; fp8, as int8, for devices that multiply it",
@@ -122,13 +122,18 @@ def check_source(args: flags.FlagValues, what_for: str) -> None:
     if args.max_length is not None:
         check_integer("--max_length", args.max_length, most=2**31 - 1)
     if "quantize" in args and args.quantize == "fp8":
-        device = jax.devices()[0]
-        if not multiplies_fp8(device):
-            raise ValueError(
-                f"--quantize=fp8: the device here, {device.device_kind}, has no products of "
-                "float8: choose int8, or int8_weights"
-            )
+        check_fp8("--quantize=fp8")
     check_run(args)
+
+
+def check_fp8(name: str) -> None:
+    """Raises a ValueError, which begins with `name`, where the device has no products of float8."""
+    device = jax.devices()[0]
+    if not multiplies_fp8(device):
+        raise ValueError(
+            f"{name}: the device here, {device.device_kind}, has no products of float8: choose "
+            "int8, or int8_weights"
+        )
 
 
 def check_run(args: flags.FlagValues) -> None:
@@ -159,6 +164,8 @@ def load_source(args: flags.FlagValues) -> Source:
         has no tokenizer; or its weights are in eight bits already.
     """
     source = _load_run(args) if args.model is None else _load_pretrained(args)
+    if source.model.config.quantized == "fp8":
+        check_fp8(f"{args.workdir or args.model} has weights in fp8")
     scheme = None if args.quantize == NONE else args.quantize
     if scheme is None and args.cache_dtype is None:
         return source

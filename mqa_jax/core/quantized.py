@@ -8,10 +8,12 @@ Array letters: R rows (tokens)   O outputs   I inputs   V vocabulary   D model d
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -155,6 +157,25 @@ def narrowed(params: Any, dtype: DTypeLike) -> Any:
         return x.astype(dtype) if is_wide else x
 
     return jax.tree_util.tree_map_with_path(of, params)
+
+
+def is_scales(path: str) -> bool:
+    """Whether a weight's name, with dots or slashes, is that of a quantized one's scales."""
+    return re.split(r"[./]", path)[-1] == SCALES
+
+
+def check_scales(name: str, scales: np.ndarray) -> None:
+    """Raises a ValueError for scales that nobody has quantized with, called `name`."""
+    if not np.all((scales > 0) & np.isfinite(scales)):
+        bad = scales[~((scales > 0) & np.isfinite(scales))].flat[0]
+        raise ValueError(f"{name} has a scale of {bad}: they are above 0, and finite")
+
+
+def check_weights(name: str, params: Any) -> None:
+    """As `check_scales`, of all that a model has, which lies at `name`."""
+    for path, x in jax.tree_util.tree_leaves_with_path(nnx.as_pure(params)):
+        if is_scales(own := jax.tree_util.keystr(path, simple=True, separator="/")):
+            check_scales(f"{own} in {name}", np.asarray(x))
 
 
 def _over_inputs(scales: Array, ndim: int) -> Array:

@@ -93,6 +93,31 @@ def score(
     Raises:
       ValueError: as `generate`, of prompts and of answers.
     """
+    logits_BTV = answer_logits(
+        model, prompt_BP, lengths_B, answer_BT, answer_lengths_B, bos_id=bos_id
+    )
+    answer_BT, answer_lengths_B = as_int32(answer_BT), as_int32(answer_lengths_B)
+    length = answer_BT.shape[1]
+    log_prob_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+    log_prob_BT = jnp.take_along_axis(log_prob_BTV, answer_BT[:, :, None], axis=2)[:, :, 0]
+    is_real_BT = jnp.arange(length)[None] < answer_lengths_B[:, None]
+    is_length_B1 = ((answer_lengths_B >= 1) & (answer_lengths_B <= length))[:, None]
+    return jnp.where(is_length_B1, jnp.where(is_real_BT, log_prob_BT, 0.0), jnp.nan)
+
+
+def answer_logits(
+    model: Model,
+    prompt_BP: Array,
+    lengths_B: Array,
+    answer_BT: Array,
+    answer_lengths_B: Array,
+    *,
+    bos_id: int,
+) -> Array:
+    """Logits `[B, T, V]` of each token of given answers; arguments and errors as for `score`.
+
+    Through the caches, as they are in decoding: what these hold in eight bits is read so.
+    """
     answer_BT, answer_lengths_B = _arrays(answer_BT, answer_lengths_B)
     _check_rows("answer", answer_BT, answer_lengths_B, model.config.vocab_size)
     length = answer_BT.shape[1]
@@ -103,11 +128,7 @@ def score(
         logits_BTV, _ = model.prefill(inputs_BT, start.cache, start.cross, answer_lengths_B)
     else:
         logits_BTV, _ = model.prefill(inputs_BT, start.cache, answer_lengths_B)
-    log_prob_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
-    log_prob_BT = jnp.take_along_axis(log_prob_BTV, answer_BT[:, :, None], axis=2)[:, :, 0]
-    is_real_BT = jnp.arange(length)[None] < answer_lengths_B[:, None]
-    is_length_B1 = ((answer_lengths_B >= 1) & (answer_lengths_B <= length))[:, None]
-    return jnp.where(is_length_B1, jnp.where(is_real_BT, log_prob_BT, 0.0), jnp.nan)
+    return logits_BTV
 
 
 def left_aligned(x: Array, lengths_B: Array) -> Array:

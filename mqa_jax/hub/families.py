@@ -23,6 +23,9 @@ _KV_HEADS = dict(
     cross_kv_heads="cross_key_value_heads",
 )
 
+# Where a directory says that its weights are in eight bits, and who has written it so.
+QUANTIZED, OWN_METHOD = "quantization_config", "mqa_jax"
+
 # What of a model its checkpoint does not say.
 _OWN_FIELDS = [
     "dtype",
@@ -64,11 +67,7 @@ def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]
     if (name := keys.text("model_type")) not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise keys.refused("model_type", f"which is not supported: {known} are")
-    if "quantization_config" in keys:
-        raise ValueError(
-            f"{where} has a quantization_config: quantized checkpoints are not read, take the one "
-            "that this was made from, with weights in bfloat16, float16 or float32"
-        )
+    eight_bits = _eight_bits(config[QUANTIZED], where) if QUANTIZED in keys else {}
     architectures = keys.get("architectures", [])
     if not isinstance(architectures, list) or not all(
         isinstance(name, str) and name.endswith(_HEADS) for name in architectures
@@ -86,7 +85,22 @@ def read_options(config: Mapping[str, Any], where: str) -> tuple[Family, Fields]
     is_tied = keys.flag("tie_word_embeddings", family.is_tied)
     fields: Fields = dict(tied_softmax=is_tied, logits_scale=1.0)
     fields |= sizes | family.read(keys, sizes)
-    return family, fields | _kv_heads(family, keys, fields["num_kv_heads"])
+    return family, fields | _kv_heads(family, keys, fields["num_kv_heads"]) | eight_bits
+
+
+def _eight_bits(found: Any, where: str) -> Fields:
+    """What our own `quantization_config` says."""
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method != OWN_METHOD:
+        raise ValueError(
+            f"{where} has a quantization_config of the method {method!r}: of quantized checkpoints "
+            "only those that mqa_jax has written are read; take the one that this was made from, "
+            "with weights in bfloat16, float16 or float32"
+        )
+    fields = {name: value for name, value in found.items() if name != "quant_method"}
+    if set(fields) != {"quantized", "cache_dtype"}:
+        raise ValueError(f"{where}: {QUANTIZED} has the keys {sorted(found)}, which are not ours")
+    return fields
 
 
 def _kv_heads(family: Family, keys: Keys, had: int) -> Fields:
@@ -117,6 +131,9 @@ def write_options(family: Family, config: TransformerConfig) -> Fields:
         torch_dtype=config.param_dtype,
         tie_word_embeddings=wanted["tied_softmax"],
     )
+    if config.quantized is not None:
+        eight_bits = dict(quantized=config.quantized, cache_dtype=config.cache_dtype)
+        written[QUANTIZED] = dict(quant_method=OWN_METHOD) | eight_bits
     written |= family.write(dataclasses.replace(config, **wanted))
     try:
         read = _read_again(family, written)

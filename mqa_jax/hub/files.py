@@ -34,6 +34,8 @@ BITS = {
     **{f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)},
 }
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Of the values of our own quantized weights.
+EIGHT_BITS = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 _CONVERT = (
@@ -53,11 +55,13 @@ class Tensor:
       file: the safetensors file.
       dtype: as the file says it, of `BITS`.
       shape: its axes.
+      start: the byte of the file that it begins at.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)} in {self.file}"
@@ -149,6 +153,22 @@ class Directory:
             )
         return array
 
+    def read_eight_bits(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """A tensor of `EIGHT_BITS`.
+
+        Raises:
+          ValueError: it is of something else, or holds NaN.
+        """
+        tensor = self.tensors[name]
+        if tensor.dtype != EIGHT_BITS[dtype.name]:
+            raise ValueError(f"{name} is {tensor}, and the scheme is of {dtype}")
+        # The library knows no float8 without PyTorch.
+        words = np.memmap(tensor.file, np.uint8, "r", tensor.start, tensor.shape)
+        array = np.asarray(words).view(dtype)
+        if not is_finite(array):
+            raise ValueError(f"{name} in {tensor.file} holds NaN: the file is damaged")
+        return array
+
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same; of large ones rarely more than a part is read."""
         a, b = self.floats(name), self.floats(other)
@@ -181,6 +201,8 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite: those have all bits of the exponent set."""
+    if array.dtype.kind == "i":
+        return True
     size = array.dtype.itemsize
     unsigned = np.dtype(f"u{size}").type
     infinity = np.array(np.inf, array.dtype).view(unsigned)
@@ -247,7 +269,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     tensors, spans = {}, []
     for name, entry in entries.items():
         try:
-            tensors[name], span = _entry(path, entry)
+            tensors[name], span = _entry(path, entry, 8 + length)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(f"{name}: {error!r}") from None
         spans.append((*span, name))
@@ -271,10 +293,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _entry(path: Path, entry: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
+def _entry(path: Path, entry: dict[str, Any], data: int) -> tuple[Tensor, tuple[int, int]]:
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"sizes {shape} and offsets {start} to {stop} must be whole numbers")
     if 8 * (stop - start) != math.prod(shape) * BITS[dtype]:
         raise ValueError(f"{dtype} {shape} does not fill bytes {start} to {stop}")
-    return Tensor(path, dtype, tuple(shape)), (start, stop)
+    return Tensor(path, dtype, tuple(shape), data + start), (start, stop)

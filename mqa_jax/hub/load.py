@@ -1,9 +1,10 @@
 """A directory of the hub as a model: checked whole, then read tensor by tensor."""
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from jax.typing import DTypeLike
 
 from mqa_jax.core.arrays import check_dtype
 from mqa_jax.core.checks import check_integer
+from mqa_jax.core.quantized import LARGEST, check_scales, is_scales
 from mqa_jax.core.sharding import ShardingRules
 from mqa_jax.hub.families import read_options
 from mqa_jax.hub.family import Family
-from mqa_jax.hub.files import CONFIG, Directory, is_finite
+from mqa_jax.hub.files import CONFIG, Directory, Tensor, is_finite
 from mqa_jax.hub.generation import Generation, read_generation
 from mqa_jax.hub.tensors import Stored, is_norm, stored_weights
 from mqa_jax.hub.tokenizer import Tokenizer, load_tokenizer
@@ -81,9 +83,7 @@ def load(
         raise ValueError(f"mesh must be a jax.sharding.Mesh, as make_mesh makes one, not {mesh!r}")
     files = Directory(directory)
     family, config = _options(files, dtype, max_length)
-    named = _named(family, files)
-    table = _table(family, config, files, named)
-    config = _with_softmax(family, config, files, named, table)
+    config, sources_of = _checked(family, config, files)
     generation = read_generation(files, config.vocab_size, family.task == "translation")
     tokenizer = load_tokenizer(files.path, family.model_type)
 
@@ -91,18 +91,23 @@ def load(
     graphdef, state = nnx.split(model)
     abstract = weights_by_path(state)
     stored = stored_weights(family, config, {path: x.shape for path, x in abstract.items()})
-    sources = _sources(family, config, files, named, stored, table)
+    sources = sources_of(stored)
     weights = {}
     # File by file, as disks are read from front to back.
     for source, tensor in sorted(sources.items(), key=lambda item: _place(files, item[0])):
-        for path, array in zip(tensor.weights, tensor.apart(files.read(source)), strict=True):
+        own = jnp.dtype(abstract[next(iter(tensor.weights))].dtype)
+        is_narrow, is_scale = own in LARGEST, config.quantized and is_scales(source)
+        content = files.read_eight_bits(source, own) if is_narrow else files.read(source)
+        if is_scale:
+            check_scales(f"{source} in {files.tensors[source].file}", content)
+        for path, array in zip(tensor.weights, tensor.apart(content), strict=True):
             axes, sharding = abstract[path].get_metadata().get("axes", ""), None
             if mesh is not None:
                 shape = array.shape if axes else ()
                 sharding = (rules or ShardingRules()).sharding(mesh, axes, shape)
-            array = _cast(
-                array, np.dtype("float32" if is_norm(path) else config.dtype), source, files
-            )
+            if not is_narrow:
+                wide = is_scale or is_norm(path)
+                array = _cast(array, np.dtype("float32" if wide else config.dtype), source, files)
             weights[path] = abstract[path].replace(jax.device_put(array, sharding))
     state = nnx.map_state(lambda path, _: weights[_dotted(path)], state)
     return Pretrained(nnx.merge(graphdef, state), tokenizer, generation, family.model_type)
@@ -130,9 +135,7 @@ def read_config(
     files = Directory(directory)
     family, config = _options(files, dtype, max_length)
     if files.has_weights:
-        named = _named(family, files)
-        table = _table(family, config, files, named)
-        config = _with_softmax(family, config, files, named, table)
+        config, _ = _checked(family, config, files)
     return family.task, config
 
 
@@ -186,6 +189,34 @@ def _cast(array: np.ndarray, dtype: np.dtype, source: str, files: Directory) -> 
             f"{np.abs(array).max():g}: load it in a dtype that does"
         )
     return cast
+
+
+def _checked(
+    family: Family, config: TransformerConfig, files: Directory
+) -> tuple[TransformerConfig, Callable[[Mapping[str, Stored]], dict[str, Stored]]]:
+    """The config with the softmax that the tensors have, and what finds these by their names."""
+    if config.quantized is not None:
+        has_softmax = any(name.startswith("softmax.") for name in files.tensors)
+        config = dataclasses.replace(config, tied_softmax=not has_softmax)
+        return config, functools.partial(_own_sources, config, files)
+    named = _named(family, files)
+    table = _table(family, config, files, named)
+    config = _with_softmax(family, config, files, named, table)
+    return config, functools.partial(_sources, family, config, files, named, table)
+
+
+def _own_sources(
+    config: TransformerConfig, files: Directory, stored: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """As `_sources`, of a quantized model."""
+    for name, tensor in stored.items():
+        if name not in files.tensors:
+            raise _missing(files, name)
+        if (found := files.tensors[name]).shape != tensor.shape:
+            raise _misshapen(files, name, found, tensor)
+    if extra := sorted(set(files.tensors) - set(stored)):
+        raise _extra(files, config, extra)
+    return dict(stored)
 
 
 def _named(family: Family, files: Directory) -> dict[str, str]:
@@ -247,15 +278,15 @@ def _sources(
     config: TransformerConfig,
     files: Directory,
     named: Mapping[str, str],
-    stored: Mapping[str, Stored],
     table: str,
+    stored: Mapping[str, Stored],
 ) -> dict[str, Stored]:
     """What each tensor of the files holds.
 
     Raises:
       ValueError: one is missing, or one too many, or of another shape, or not of floats.
     """
-    sources, tensors = {}, files.tensors
+    sources = {}
     for name, tensor in stored.items():
         if "embedding.table" in tensor.weights:
             sources[table] = tensor
@@ -270,19 +301,27 @@ def _sources(
         if name not in sources and full not in copies and not _is_ignored(family, full, files, name)
     ]
     if extra:
-        count = f" (of {len(extra)} such)" if len(extra) > 1 else ""
-        raise ValueError(
-            f"{files.path} has {extra[0]}, {tensors[extra[0]]}{count}, but the model of its "
-            f"{CONFIG}, of {config.num_layers} layers, has no place for it: they do not belong "
-            "together, or a key is missing there"
-        )
+        raise _extra(files, config, extra)
     for name, tensor in sources.items():
         found = files.floats(name)
         if found.shape != tensor.shape:
-            raise ValueError(
-                f"{name} is {found}, but by {files.path / CONFIG} it must be {list(tensor.shape)}"
-            )
+            raise _misshapen(files, name, found, tensor)
     return sources
+
+
+def _extra(files: Directory, config: TransformerConfig, names: Sequence[str]) -> ValueError:
+    count = f" (of {len(names)} such)" if len(names) > 1 else ""
+    return ValueError(
+        f"{files.path} has {names[0]}, {files.tensors[names[0]]}{count}, but the model of its "
+        f"{CONFIG}, of {config.num_layers} layers, has no place for it: they do not belong "
+        "together, or a key is missing there"
+    )
+
+
+def _misshapen(files: Directory, name: str, found: Tensor, wanted: Stored) -> ValueError:
+    return ValueError(
+        f"{name} is {found}, but by {files.path / CONFIG} it must be {list(wanted.shape)}"
+    )
 
 
 def _missing(files: Directory, name: str) -> ValueError:

@@ -64,7 +64,8 @@ def save(
     config |= {key: generation[key] for key in ids if key in generation}
     weights = weights_by_path(nnx.state(model))
     stored = stored_weights(kind, model.config, {p: x.shape for p, x in weights.items()})
-    if SOFTMAX not in stored and not config["tie_word_embeddings"]:
+    is_own = model.config.quantized is not None
+    if SOFTMAX not in stored and not config["tie_word_embeddings"] and not is_own:
         # A T5 without the factor of tied weights: of version 4 it has a copy of its own.
         table = next(tensor for tensor in stored.values() if "embedding.table" in tensor.weights)
         stored[SOFTMAX] = table

@@ -46,9 +46,9 @@ class Stored:
     name: str
     shape: Shape
     weights: Mapping[str, Shape]
-    is_grouped: bool
-    is_turned: bool
-    offset: float
+    is_grouped: bool = False
+    is_turned: bool = False
+    offset: float = 0.0
 
     def apart(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The weights that a tensor holds, as views of it where that can be."""
@@ -85,7 +85,8 @@ class Stored:
 def stored_weights(
     family: Family, config: TransformerConfig, shapes: Mapping[str, Shape]
 ) -> dict[str, Stored]:
-    """All tensors that hold a model's weights, by name.
+    """All tensors that hold a model's weights, by name; those of a quantized one, which nobody else
+    reads, have the names that they have here.
 
     Args:
       config: the model's.
@@ -94,6 +95,8 @@ def stored_weights(
     Raises:
       ValueError: the family has no name for a weight.
     """
+    if config.quantized is not None:
+        return {path: Stored(path, shape, {path: shape}) for path, shape in shapes.items()}
     names = family.names(config)
     fused: dict[str, dict[str, tuple[int, ...]]] = {}
     for path in sorted(shapes, key=_order):

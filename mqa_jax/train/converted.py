@@ -1,7 +1,7 @@
 """A run's model after its conversion, as a directory that is read as a run's.
 
-It has the weights alone: it is decoded with, and trained further through `config.init_from`, but
-not gone on with, since the state of the optimizer is of another model.
+It has the weights alone: it is decoded with, and, unless they are in eight bits, trained further
+through `config.init_from`, but not gone on with, since the optimizer's state is of another model.
 """
 
 import os
@@ -45,7 +45,8 @@ def save_converted(
     """
     path = new_directory("the directory", directory)
     fields = run.config.to_dict()
-    fields["model"] |= kv_heads(model)
+    own = model.config
+    fields["model"] |= kv_heads(model) | dict(quantized=own.quantized, cache_dtype=own.cache_dtype)
     about = describe(ConfigDict(fields | {CONVERTED: dict(record)})) | {"data": dict(run.data)}
     with written_whole(path) as temporary:
         with Checkpoints(temporary / CHECKPOINTS, run=about) as checkpoints:

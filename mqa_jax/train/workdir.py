@@ -30,6 +30,7 @@ from mqa_jax.core.checks import check_integer
 from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path, read_json, write_whole
+from mqa_jax.core.quantized import check_weights
 from mqa_jax.data.manifest import HUB_TOKENIZER, MANIFEST, TOKENIZER, Manifest
 from mqa_jax.data.request import directory_of
 from mqa_jax.data.tokenizer import RowTokenizer, Tokenizer
@@ -117,6 +118,7 @@ def load_run(workdir: str | Path, *, step: int | str | None = None, average: int
                 lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
             )
             params = checkpoints.restore_params(nnx.state(model), one)
+            check_weights(str(path / CHECKPOINTS), params)
             wider = jax.tree.map(lambda x: x.astype(wide(x)), params)
             total = wider if total is None else jax.tree.map(jnp.add, total, wider)
     if average > 1:
