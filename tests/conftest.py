@@ -13,9 +13,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from pathlib import Path
 
+from running import CACHED, WITH_BLEU, train, write_text
+
+# Tests, and the cases of one, compile much that is the same behind functions that are not.
+os.environ.update(CACHED)
+
 import jax
 import pytest
-from running import WITH_BLEU, train, write_text
 
 
 @pytest.fixture(autouse=True)
