@@ -145,8 +145,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
+    """On a smaller model than the one that it measures."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "docs/multi_query_in_two_minutes.ipynb", as_version=4)
+    sizes = "vocab_size=8192, d_model=512, num_layers=4"
+    (cell,) = (cell for cell in notebook.cells if sizes in cell.source)
+    cell.source = cell.source.replace(sizes, "vocab_size=512, d_model=128, num_layers=1")
     nbclient.execute(notebook, timeout=600, kernel_name="python3")
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
