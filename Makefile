@@ -21,7 +21,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.cfg setup.py pyproject.toml
 	@test -x $(BIN)/python $(if $(PYTHON),&& test "$$($(BIN)/python $(VERSION))" = "$$($(PYTHON) $(VERSION))") || \
 	  { python="$(CHOSEN)"; echo "$(VENV): $$("$$python" --version), $$python"; "$$python" -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$(EXTRAS)]"
 	touch $@
 
 # Trains on number phrases, translates phrases that it has never seen, and shows what a step costs.

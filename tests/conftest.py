@@ -3,8 +3,7 @@
 import os
 
 # Before jax is imported: eight CPU devices, so that shardings are real. What is compiled here runs
-# once or twice, on a few numbers, so LLVM's own optimizations cost more than they gain; XLA's stay,
-# and the commands that tests run as processes of their own have both.
+# once or twice, on a few numbers, so LLVM's own optimizations cost more than they gain; XLA's stay.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     + os.environ.get("XLA_FLAGS", "")

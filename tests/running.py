@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Programs that an earlier command has compiled, small ones too, need not be compiled again.
+# Programs that an earlier test or command has compiled, small ones too, need not be compiled again.
 CACHED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -55,9 +55,14 @@ def write_text(directory: Path) -> None:
             (directory / f"{stem}.{language}").write_text("\n".join(lines) + "\n")
 
 
-def command(*args, cwd: Path, devices: int = 1, **environment: str) -> dict:
-    # One device, as a user has it; the tests' eight are for the tests of shardings.
-    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def command(
+    *args, cwd: Path, devices: int = 1, is_optimized: bool = False, **environment: str
+) -> dict:
+    # One device, as a user has it; the tests' eight are for the tests of shardings. Of LLVM's
+    # optimizations none, as there, but in a run that is long for a test.
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags += "" if is_optimized else " --xla_backend_optimization_level=0"
+    environment |= {"XLA_FLAGS": flags}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment |= CACHED
     return dict(
@@ -65,8 +70,10 @@ def command(*args, cwd: Path, devices: int = 1, **environment: str) -> dict:
     )
 
 
-def run(*args, cwd: Path, devices: int = 1, **options) -> subprocess.CompletedProcess:
-    started = command(*args, cwd=cwd, devices=devices)
+def run(
+    *args, cwd: Path, devices: int = 1, is_optimized: bool = False, **options
+) -> subprocess.CompletedProcess:
+    started = command(*args, cwd=cwd, devices=devices, is_optimized=is_optimized)
     return subprocess.run(**started, capture_output=True, timeout=1800, **options)
 
 

@@ -36,6 +36,7 @@ class RowTokenizer(Protocol):
       file_name: of the one file that holds it.
       content: of that file.
       sha256: of `content`, in hexadecimal digits.
+      ids_sha256: of what decides which text an id stands for, and that alone.
       max_characters: of a token; infinite where it is not known.
     """
 
@@ -46,6 +47,9 @@ class RowTokenizer(Protocol):
     content: bytes
     sha256: str
     max_characters: float
+
+    @property
+    def ids_sha256(self) -> str: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -154,6 +158,11 @@ class Tokenizer:
     end_ids: tuple[int, ...] = (EOS_ID,)
     file_name = TOKENIZER
     max_characters: float = MAX_PIECE_CHARACTERS
+
+    @property
+    def ids_sha256(self) -> str:
+        """Of what decides which text an id stands for: all of it."""
+        return self.sha256
 
     @property
     def vocab_size(self) -> int:

@@ -97,7 +97,7 @@ def divergences(
             is_same_BT = jnp.argmax(own_BTV, axis=-1) == jnp.argmax(wanted_BTV, axis=-1)
             nll_BT = -jnp.take_along_axis(own_BTV, answer_BT[..., None], axis=-1)[..., 0]
             for each, x_BT in zip(found, (far_BT, is_same_BT, nll_BT), strict=True):
-                found[each].append(jnp.sum(jnp.where(is_real_BT, x_BT, 0), axis=1))
+                found[each].append(jnp.sum(x_BT.astype(jnp.float32), axis=1, where=is_real_BT))
         return {each: jnp.stack(sums) for each, sums in found.items()}
 
     totals, tokens = {each: np.zeros(len(models)) for each in ("nats", "agreement", "loss")}, 0

@@ -16,6 +16,10 @@ from mqa_jax.hub.files import CONFIG, GENERATION, Directory
 from mqa_jax.hub.generation import Generation, read_generation
 from mqa_jax.hub.tokenizer import FILES, Tokenizer, load_tokenizer
 
+WHOLE = "tokenizer.json"
+# Files of a tokenizer whose words change from model to model, and no id with them.
+ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 
 class HubRowTokenizer:
     """A `mqa_jax.data.tokenizer.RowTokenizer`, of all that a directory holds but the weights.
@@ -96,6 +100,17 @@ class HubRowTokenizer:
             return cls(content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def ids_sha256(self) -> str:
+        """Of what decides which text an id stands for: models of other sizes, and converted ones,
+        have another config.json, and the same ids."""
+        files = self.tokenizer.files
+        # It says everything, where it is there.
+        names = [name for name in (WHOLE,) if name in files] or sorted({*files} - {*ABOUT})
+        digests = [f"{name} {hashlib.sha256(files[name]).hexdigest()}" for name in names]
+        said = repr((self.ids, self.begin_ids, self.vocab_size))
+        return hashlib.sha256("\n".join([said, *digests]).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -202,7 +202,7 @@ def _problems_between_fields(config: ConfigDict) -> Iterator[str]:
     elif share and not config.train.teacher:
         yield (
             f"--config.train.distillation {share} without --config.train.teacher: name the "
-            "directory of a trained model to learn from"
+            "directory of a trained model to learn from, or set --config.train.distillation=0"
         )
     larger = "raise --config.model.max_length"
     if config.get("init_from"):

@@ -17,10 +17,11 @@ from jax.typing import ArrayLike
 from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import Model
-from mqa_jax.train.loss import Batch, predicted, segments, token_losses
+from mqa_jax.train.loss import Batch, apply, predicted, segments, token_losses
 from mqa_jax.train.step import dropout_key, in_parts, make_gradients, with_weights
 
 SHOWN = 4  # Names, or rows, of each kind.
+SENTENCES = ("the loss", "the predictions by --config.train.teacher")
 
 
 def make_diagnosis(
@@ -62,8 +63,9 @@ def make_diagnosis(
     ) -> dict[str, dict[str, Array]]:
         key = dropout_key(seed, position)
 
-        def sentences(part_and_key: tuple[Batch, Array]) -> Array:
-            """`[B]`: the first sentence of each row whose loss is not finite, from 1; else 0."""
+        def sentences(part_and_key: tuple[Batch, Array]) -> tuple[Array, Array]:
+            """`[B]` each: the first sentence of a row for which the loss, and what the teacher
+            predicts, is not finite, from 1; else 0."""
             part, key = part_and_key
             with on_mesh(mesh, rules or ShardingRules()):
                 loss_BT, _, _ = token_losses(
@@ -74,15 +76,24 @@ def make_diagnosis(
                     ids=ids,
                     **options,
                 )
+                is_taught_BT = jnp.ones(loss_BT.shape, bool)
+                if (model := with_weights(teacher, teacher_params)) is not None:
+                    is_taught_BT = jnp.all(jnp.isfinite(apply(model, part, None, ids)), axis=-1)
             segment_ids_BT, _ = segments(part["target_tokens"], ids)
-            is_bad_BT = ~jnp.isfinite(loss_BT) & predicted(part["target_tokens"], ids)
-            return _first(is_bad_BT, segment_ids_BT)
+            is_token_BT = predicted(part["target_tokens"], ids)
+            of_loss_B, of_teacher_B = (
+                _first(~is_good_BT & is_token_BT, segment_ids_BT)
+                for is_good_BT in (jnp.isfinite(loss_BT), is_taught_BT)
+            )
+            return of_loss_B, of_teacher_B
 
         if accumulate == 1:
-            sentence_B = sentences((batch, key))
+            found = sentences((batch, key))
         else:
             parts = in_parts(batch, accumulate), jax.random.split(key, accumulate)
-            sentence_B = jnp.moveaxis(jax.lax.map(sentences, parts), 0, 1).reshape(-1)
+            found = jax.tree.map(
+                lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), jax.lax.map(sentences, parts)
+            )
         outside = {
             name: _first((tokens != ids.pad) & ((tokens < 0) | (tokens >= vocab_size)), tokens)
             for name, tokens in batch.items()
@@ -91,7 +102,7 @@ def make_diagnosis(
         leaves = jax.tree_util.tree_leaves_with_path(gradients)
         return {
             "ids": outside,
-            "loss": {"sentence": sentence_B},
+            "sentences": dict(zip(SENTENCES, found, strict=True)),
             "gradients": {
                 jax.tree_util.keystr(path, simple=True, separator="/"): jnp.all(jnp.isfinite(x))
                 for path, x in leaves
@@ -109,10 +120,10 @@ def make_diagnosis(
             if rows := np.flatnonzero(ids).tolist():
                 shown = _list([f"{row} ({ids[row]})" for row in rows])
                 causes.append(f"{name} of rows {shown} have ids outside of {vocab_size}")
-        sentence = found["loss"]["sentence"]
-        if rows := np.flatnonzero(sentence).tolist():
-            shown = _list([f"{row} (sentence {sentence[row]})" for row in rows])
-            causes.append(f"the loss of rows {shown}")
+        for what, sentence in found["sentences"].items():
+            if rows := np.flatnonzero(sentence).tolist():
+                shown = _list([f"{row} (sentence {sentence[row]})" for row in rows])
+                causes.append(f"{what} of rows {shown}")
         if names := [name for name, is_finite in found["gradients"].items() if not is_finite]:
             causes.append(f"the gradients of {_list(names)}")
         return "; ".join(causes) or "nothing that shows again with the weights of now"

@@ -53,7 +53,7 @@ def _train(config: ConfigDict, path: Path, stack: contextlib.ExitStack) -> int:
         tokenizer = workdirs.load_row_tokenizer(data)
         manifest = Manifest.read(data)
         if teacher is not None:
-            teacher.check_tokenizer(tokenizer.sha256)
+            teacher.check_tokenizer(tokenizer.ids_sha256)
         about = workdirs.describe(config, manifest, teacher and teacher.sha256)
         workdirs.check(path, about)
 

@@ -20,7 +20,14 @@ from mqa_jax.core.paths import local_path, read_json
 from mqa_jax.data.tokenizer import RowTokenizer
 from mqa_jax.train.checkpoint import Checkpoints, has_optimizer, steps_in
 from mqa_jax.train.state import TrainState
-from mqa_jax.train.workdir import CHECKPOINTS, CONFIG, load_config, load_row_tokenizer, load_run
+from mqa_jax.train.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    check_unchanged,
+    load_config,
+    load_row_tokenizer,
+    load_run,
+)
 
 if TYPE_CHECKING:
     from mqa_jax.hub import Pretrained
@@ -167,6 +174,7 @@ def _check_optimizer(path: Path, is_run: bool, config: ConfigDict) -> None:
 def _continued(path: Path, state: TrainState) -> TrainState:
     """The step stays: from it the schedule follows, see `mqa_jax.train.optimizer.at_step`."""
     with Checkpoints(path / CHECKPOINTS) as checkpoints:
+        check_unchanged(path, checkpoints.run())
         return dataclasses.replace(checkpoints.read(state), step=state.step)
 
 
@@ -175,6 +183,7 @@ def _of_run(path: Path) -> tuple[str, dict[str, Any], RowTokenizer, Any]:
 
     def params(like: nnx.State, _: Mesh) -> nnx.State:
         with Checkpoints(path / CHECKPOINTS) as checkpoints:
+            check_unchanged(path, checkpoints.run())
             return checkpoints.restore_params(like)
 
     return config.task, config.model.to_dict(), load_row_tokenizer(path), params

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mqa_jax.core.paths import local_path
@@ -15,7 +17,7 @@ from mqa_jax.model.transformer import Model, build_model
 from mqa_jax.train.checkpoint import Checkpoints
 from mqa_jax.train.start import read_model
 from mqa_jax.train.state import abstract_params
-from mqa_jax.train.workdir import CHECKPOINTS
+from mqa_jax.train.workdir import CHECKPOINTS, check_unchanged
 
 
 class Teacher(NamedTuple):
@@ -24,18 +26,18 @@ class Teacher(NamedTuple):
     Attributes:
       model: its structure.
       params: its weights, where the rules put them on a mesh.
-      tokenizer_sha256: of what it reads.
+      ids_sha256: of its tokenizer.
       sha256: of all that its predictions follow from, which must not change under a run.
     """
 
     model: Model
     params: nnx.State
-    tokenizer_sha256: str
+    ids_sha256: str
     sha256: str
 
-    def check_tokenizer(self, sha256: str) -> None:
-        """Raises a ValueError if a run's tokenizer is another one."""
-        if sha256 != self.tokenizer_sha256:
+    def check_tokenizer(self, ids_sha256: str) -> None:
+        """Raises a ValueError if the ids of a run's tokenizer mean something else."""
+        if ids_sha256 != self.ids_sha256:
             raise ValueError(
                 "--config.train.teacher has another tokenizer than the data, and ids of other "
                 "meaning: prepare the text as the teacher's was, or --config.init_from a model "
@@ -75,9 +77,10 @@ def find_teacher(config: ConfigDict, mesh: Mesh, *, is_abstract: bool = False) -
         )
     params = abstract_params(model, mesh)
     if is_abstract:
-        return Teacher(model, params, tokenizer.sha256, sha256="")
+        return Teacher(model, params, tokenizer.ids_sha256, sha256="")
     if is_run:
         with Checkpoints(path / CHECKPOINTS) as checkpoints:
+            check_unchanged(path, checkpoints.run())
             folder = path / CHECKPOINTS / str(checkpoints.whole_step())
             files = {file for file in folder.rglob("*") if file.is_file()}
             params, sha256 = checkpoints.restore_params(params), _sha256(fields, files)
@@ -86,7 +89,21 @@ def find_teacher(config: ConfigDict, mesh: Mesh, *, is_abstract: bool = False) -
 
         files = {tensor.file for tensor in Directory(path).tensors.values()}
         params, sha256 = read(params, mesh), _sha256(fields, files)
-    return Teacher(model, params, tokenizer.sha256, sha256)
+    if not are_finite(params, mesh):
+        raise ValueError(
+            f"{name} has weights that are not finite in {config.model.param_dtype}: whatever it "
+            "taught would be skipped; name another"
+        )
+    return Teacher(model, params, tokenizer.ids_sha256, sha256)
+
+
+def are_finite(params: nnx.State, mesh: Mesh) -> bool:
+    """Whether all weights are, of all devices."""
+
+    def look(params: nnx.State) -> jax.Array:
+        return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+
+    return bool(jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))(params))
 
 
 def _sha256(fields: dict, files: Iterable[Path]) -> str:

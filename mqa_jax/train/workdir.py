@@ -46,7 +46,7 @@ CONVERTED = "converted"  # In the config of a converted run: how it was made.
 
 # These fields of a config, and all below them, decide nothing about the weights of a step that was
 # done (the mesh: nothing but rounding), so a run goes on with others. What the data is, its
-# manifest says.
+# manifest says; what the teacher is, its hash.
 FREE = (
     "mesh",
     "data.dir",
@@ -61,6 +61,7 @@ FREE = (
     "train.log_every",
     "train.max_skipped_steps",
     "train.steps",
+    "train.teacher",
     "evaluate",
 )
 
@@ -104,23 +105,21 @@ def load_run(workdir: str | Path, *, step: int | str | None = None, average: int
     path = local_path("--workdir", workdir)
     config, file = load_config(path), tokenizer_file(path)
     steps, total, at = _steps(path, config, step, average), None, 0
-    data = tokenizer = _data_of(file)
+    data = _data_of(file)
     with Checkpoints(path / CHECKPOINTS) as checkpoints:
         for one in steps:
-            # Nothing before version 0.2.
             if signed := checkpoints.run(one):
                 data = signed["data"]
-                signed["data"] = {"tokenizer_sha256": data["tokenizer_sha256"]}
-                found = {"config": json.loads(config.to_json()), "data": tokenizer}
-                check_signed(path, signed, found)
+                check_unchanged(path, signed)
             at = max(at, checkpoints.whole_step())
             model = nnx.eval_shape(
                 lambda: build_model(config.task, config.model.to_dict(), rngs=nnx.Rngs(0))
             )
             params = checkpoints.restore_params(nnx.state(model), one)
             check_weights(str(path / CHECKPOINTS), params)
-            wider = jax.tree.map(lambda x: x.astype(wide(x)), params)
-            total = wider if total is None else jax.tree.map(jnp.add, total, wider)
+            if average > 1:
+                wider = jax.tree.map(lambda x: x.astype(wide(x)), params)
+                total = wider if total is None else jax.tree.map(jnp.add, total, wider)
     if average > 1:
         params = jax.tree.map(lambda x, like: (x / average).astype(like.dtype), total, params)
     return Run(config, load_row_tokenizer(path), model, params, at, data)
@@ -288,6 +287,12 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
         was = read_json(workdir / DATA)
     elif tokenizer_file(workdir).exists():  # Version 0.1 kept the tokenizer alone.
         was = asked | _data_of(tokenizer_file(workdir))
+    if (hashes := [x.get("teacher_sha256") for x in (was, asked)])[0] != hashes[1]:
+        raise ValueError(
+            f"{workdir} holds a run that learnt from another --config.train.teacher than "
+            f"{about['config']['train']['teacher']!r}, or from that one as it was (sha256 "
+            f"{hashes[0]}, now {hashes[1]}): put it back, or name another --workdir"
+        )
     if lines := [line for _, line in _differences("data", was, asked)]:
         raise ValueError(
             f"{workdir} holds a run on other data:\n  "
@@ -322,6 +327,21 @@ def claim(workdir: Path, about: Mapping[str, Any], data: Path) -> list[str]:
     write_json(workdir / DATA, about["data"])
     write_json(workdir / CONFIG, about["config"])  # The last: it makes the directory a run's.
     return changes
+
+
+def check_unchanged(workdir: Path, signed: Mapping[str, Any]) -> None:
+    """Finds that config and tokenizer of a run are those that a checkpoint of it was trained with.
+
+    Args:
+      signed: of `Checkpoints.run`; nothing before version 0.2, and then nothing is found.
+
+    Raises:
+      ValueError: they are not; the message lists what is different now.
+    """
+    if signed:
+        digest = {"tokenizer_sha256": signed["data"]["tokenizer_sha256"]}
+        found = describe(load_config(workdir)) | {"data": _data_of(tokenizer_file(workdir))}
+        check_signed(workdir, {**signed, "data": digest}, found)
 
 
 def check_signed(workdir: Path, signed: Mapping[str, Any], about: Mapping[str, Any]) -> None:

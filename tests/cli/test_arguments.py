@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 WORKDIR = "--workdir=x"
 MISTAKES = {
     "": ["foo"],
-    "train, decode, evaluate, convert, export, benchmark, prepare": ["foo"],
+    "train, decode, evaluate, convert, quantize, export, benchmark, prepare": ["foo"],
     "give --workdir, of a training run, or --model, of the hub, to decode with": ["decode"],
     "--dtype: of no effect without --model": ["decode", WORKDIR, "--dtype=bfloat16"],
     "--step, --average: of no effect without --workdir": [

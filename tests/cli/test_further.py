@@ -266,7 +266,7 @@ def test_a_model_of_the_hub_teaches(gpt2, tmp_path, capfd):
     tensors["transformer.wte.weight"] *= 2
     safetensors.numpy.save_file(tensors, weights)
     assert language_model(tmp_path, *start, "--config.train.steps=3") == 2
-    assert "data.teacher_sha256: '" in capfd.readouterr().err
+    assert "learnt from another --config.train.teacher than" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -308,3 +308,12 @@ def test_preparing_needs_the_tokenizer_too(gpt2, tmp_path, capfd):
     benchmark = ["benchmark", "--config=own_language_model", start, "--output_dir=out"]
     assert main(benchmark) == 2
     assert "--config.init_from is for training" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_teaches_what_was_made_of_it(gpt2, tmp_path, capfd):
+    """Whose config.json is another, and so the bytes of what the text is tokenized with."""
+    assert main(["convert", f"--model={gpt2}", "--output=narrow", "--num_kv_heads=1"]) == 0
+    taught = [f"--config.train.teacher={gpt2}", "--config.train.distillation=0.5"]
+    assert language_model(tmp_path, "--config.init_from=narrow", "--workdir=run", *taught) == 0
+    assert f"learns from {gpt2} too" in capfd.readouterr().out

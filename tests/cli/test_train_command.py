@@ -62,6 +62,7 @@ def test_quickstart_learns_to_translate_phrases_it_has_never_seen(tmp_path):
         "--config.evaluate.lines=0",
         "--workdir=run",
         cwd=tmp_path,
+        is_optimized=True,
     )
     data = tmp_path / "data/number_phrases"
     for side in ("en", "de"):
@@ -74,6 +75,7 @@ def test_quickstart_learns_to_translate_phrases_it_has_never_seen(tmp_path):
         "--output=out.txt",
         "--reference=test.de",
         cwd=tmp_path,
+        is_optimized=True,
     )
     outputs = (tmp_path / "out.txt").read_text().splitlines()
     references = (tmp_path / "test.de").read_text().splitlines()

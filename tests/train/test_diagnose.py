@@ -31,7 +31,10 @@ def test_the_row_with_an_id_outside_the_vocabulary(task, sizes, options):
     batch["target_tokens"] = batch["target_tokens"].copy()
     batch["target_tokens"][5, 1] = 77
     cause = diagnose(state.params, put(batch, sizes), 3, wise)
-    ids, loss, gradients = cause.split("; ")
+    ids, loss, *by_teacher, gradients = cause.split("; ")
+    # It reads the id, too.
+    said = "the predictions by --config.train.teacher of rows 5 (sentence 1)"
+    assert by_teacher == [said] * (teacher is not None)
     assert ids == "target_tokens of rows 5 (77) have ids outside of 22"
     assert loss == "the loss of rows 5 (sentence 1)"
     assert gradients.startswith("the gradients of ") and "decoder/" in gradients
