@@ -21,6 +21,8 @@ from ml_collections import ConfigDict, config_flags
 
 from mqa_jax.cli import COMMANDS, PACKAGE
 
+NONE = "none"  # Of --quantize and --cache_dtype.
+
 # In a wheel they lie inside of the package, in a clone beside it.
 SHIPPED = next(
     (path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir()),
@@ -222,3 +224,17 @@ def _help(command: ModuleType, values: flags.FlagValues) -> str:
         lines += [f"{shown:24} {first}"] if len(shown) <= 24 else [shown, f"{'':25}{first}"]
         lines += [f"{'':25}{other}" for other in others]
     return "\n".join(lines)
+
+
+def check_fp8(name: str) -> None:
+    """Raises a ValueError, which begins with `name`, where the device has no products of float8."""
+    import jax
+
+    from mqa_jax.core.devices import multiplies_fp8
+
+    device = jax.devices()[0]
+    if not multiplies_fp8(device):
+        raise ValueError(
+            f"{name}: the device here, {device.device_kind}, has no products of float8: choose "
+            "int8, or int8_weights"
+        )

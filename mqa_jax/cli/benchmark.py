@@ -3,22 +3,33 @@
     mqa-jax benchmark --config=wmt14 [--quick] --output_dir=DIR
     mqa-jax benchmark --model=DIR --output_dir=DIR
     mqa-jax benchmark --config=wmt14 --compile_only=v2:2x2 --batch_sizes=1024
+    mqa-jax benchmark --config=wmt14 --memory=16GB --quantize=none,int8 --cache_dtype=none,int8
 
 With --model it is a model of the Hugging Face hub, of whose directory config.json is enough. The
-tables are printed, and kept with pictures in --output_dir.
+tables are printed, and kept with pictures in --output_dir. --memory measures nothing: it tells how
+many rows can be decoded at once in so much.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mqa_jax.cli.arguments import define_config, define_model, load_config, refuse_idle
+from mqa_jax.cli.arguments import (
+    NONE,
+    check_fp8,
+    define_config,
+    define_model,
+    load_config,
+    refuse_idle,
+)
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.config import base_config
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
+from mqa_jax.core.quantized import CACHE_DTYPES, SCHEMES
 from mqa_jax.measure.cost import SEARCHES
 
 # What --quick measures: under a minute on two cores at the size of the paper.
@@ -44,6 +55,25 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_list("searches", ["greedy"], f"of {','.join(SEARCHES)}", flag_values=values)
     flags.DEFINE_list("dtypes", [], "by default the config's", flag_values=values)
+    flags.DEFINE_list(
+        "quantize",
+        [],
+        f"each of them with weights in eight bits: of {NONE},{','.join(SCHEMES)}",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "cache_dtype",
+        [],
+        f"each with keys and values in another dtype: of {NONE},{','.join(CACHE_DTYPES)}",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "memory",
+        None,
+        "such as 16GB, 80GiB, or device, for all that the device here has: tells the largest batch "
+        "of each of the --variants, precisions and --context_lengths that fits, measures nothing",
+        flag_values=values,
+    )
     flags.DEFINE_list("batch_sizes", ["8"], "rows of a step", flag_values=values)
     flags.DEFINE_list(
         "context_lengths", ["128", "512"], "tokens of source and of target", flag_values=values
@@ -66,7 +96,13 @@ def define(values: flags.FlagValues) -> None:
 def run(args: flags.FlagValues) -> int:
     """Returns the exit status: 130, as the shell has it, after an interrupt."""
     measuring = "output_dir quick searches repeats wide compare benchmark"
-    refuse_idle(args, [(not args.compile_only, "with --compile_only", measuring)])
+    refuse_idle(
+        args,
+        [
+            (not args.compile_only, "with --compile_only", f"{measuring} memory"),
+            (not args.memory, "with --memory", f"{measuring} batch_sizes"),
+        ],
+    )
     if (args.config is None) == (args.model is None):
         raise ValueError("give --config, such as --config=wmt14, or --model, a directory")
     refuse_idle(args, [(args.model is None, "with --model", "quick variants compare")])
@@ -79,10 +115,16 @@ def run(args: flags.FlagValues) -> int:
         configs = {variant: variant_config(args, variant) for variant in args.variants}
     else:
         configs = pretrained_config(args)
+    none = lambda names: [None if name == NONE else name for name in names]  # noqa: E731
+    precisions = dict(
+        dtypes=args.dtypes, schemes=none(args.quantize), cache_dtypes=none(args.cache_dtype)
+    )
+    context_lengths = integers(args, "context_lengths")
+    if args.memory:
+        tell_batches(configs, context_lengths, memory_of(args.memory), precisions)
+        return 0
     sizes = dict(
-        batch_sizes=integers(args, "batch_sizes"),
-        context_lengths=integers(args, "context_lengths"),
-        dtypes=args.dtypes,
+        batch_sizes=integers(args, "batch_sizes"), context_lengths=context_lengths, **precisions
     )
     if args.compile_only:
         from mqa_jax.measure import compile_only
@@ -91,6 +133,8 @@ def run(args: flags.FlagValues) -> int:
     if args.output_dir is None:
         raise ValueError("give --output_dir, where JSON and pictures go")
     check_integer("--repeats", args.repeats)
+    if "fp8" in args.quantize:
+        check_fp8("--quantize=fp8")
     if args.compare and getattr(configs.get("multi_head"), "task", None) != "translation":
         raise ValueError("--compare=paper needs a --config that translates, and multi_head")
     return measure(args, configs, sizes)
@@ -122,6 +166,51 @@ def measure(args: flags.FlagValues, configs: dict[str, ConfigDict], sizes: dict)
         if args.compare and any(cost.variant == "multi_head" for cost in run.costs):
             report.print_comparison(run)
     return 0 if run.is_complete else 130
+
+
+def memory_of(text: str) -> float:
+    """The bytes that --memory names.
+
+    Raises:
+      ValueError: it names none.
+    """
+    from mqa_jax.measure.roofline import memory_limit
+
+    if text == "device":
+        return memory_limit()
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MGT])(i?)B", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"--memory must be such as 16GB or 80GiB, or device, not {text!r}")
+    return float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2)
+
+
+def tell_batches(
+    configs: dict[str, ConfigDict], context_lengths: list[int], memory: float, precisions: dict
+) -> None:
+    """Prints how many rows of each model fit, and how many times those of the first."""
+    from flax import nnx
+
+    from mqa_jax.measure.roofline import in_precision, largest_batch, rows_of
+    from mqa_jax.model.config import TransformerConfig
+    from mqa_jax.model.transformer import MODELS
+
+    sizes = {name: TransformerConfig(**config.model.to_dict()) for name, config in configs.items()}
+    print(f"rows that fit into {memory / 1e9:.4g} GB, and how many times those of the first line")
+    print(f"{'context':45}" + "".join(f"{length:>17,}" for length in context_lengths))
+    first: list[int] = []
+    for variant, precision in rows_of(sizes, **precisions):
+        batches = []
+        for length in context_lengths:
+            config = in_precision(sizes[variant], precision, length)
+            task = configs[variant].task
+            model = nnx.eval_shape(lambda t=task, c=config: MODELS[t](c, rngs=nnx.Rngs(0)))
+            batches.append(largest_batch(model, length, memory))
+        first = first or batches
+        cells = [
+            f"{batch:,} ({batch / of:.3g})" if of else f"{batch:,}"
+            for batch, of in zip(batches, first, strict=True)
+        ]
+        print(f"{f'{variant}, {precision}':45}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 def integers(args: flags.FlagValues, name: str) -> list[int]:

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from flax import nnx
 
-from mqa_jax.cli.arguments import refuse_idle
+from mqa_jax.cli.arguments import NONE, refuse_idle
 from mqa_jax.cli.convert import (
     abstract_model,
     check_lengths,
@@ -27,7 +27,7 @@ from mqa_jax.cli.convert import (
     load_run,
     texts_of,
 )
-from mqa_jax.cli.source import NONE, Source, check_source, define_quantize, define_source
+from mqa_jax.cli.source import Source, check_source, define_quantize, define_source
 from mqa_jax.convert import quantize
 from mqa_jax.core.checks import check_integer
 from mqa_jax.core.paths import local_path, new_directory

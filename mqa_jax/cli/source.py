@@ -6,25 +6,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from flax import nnx
 
-from mqa_jax.cli.arguments import define_model, refuse_idle
+from mqa_jax.cli.arguments import NONE, check_fp8, define_model, refuse_idle
 from mqa_jax.cli.pretrained import rules_of, take_defaults
 from mqa_jax.convert import quantize
 from mqa_jax.core.checks import check_integer
-from mqa_jax.core.devices import multiplies_fp8
 from mqa_jax.core.extras import require
 from mqa_jax.core.paths import local_path
-from mqa_jax.core.quantized import SCHEMES
+from mqa_jax.core.quantized import CACHE_DTYPES, SCHEMES
 from mqa_jax.decode.history import Rule
 from mqa_jax.decode.lines import Tokenizer
 from mqa_jax.decode.rules import only_text
 from mqa_jax.model.transformer import Model
 
 DTYPES = ("float32", "bfloat16")
-NONE = "none"  # Of --quantize.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +92,7 @@ def define_quantize(values: flags.FlagValues, default: str = NONE) -> None:
     flags.DEFINE_enum(
         "cache_dtype",
         None,
-        ["float32", "bfloat16", "int8", "fp8"],
+        CACHE_DTYPES,
         "of keys and values in the caches, int8 and fp8 with a scale for each token and head; by "
         "default that of the activations",
         flag_values=values,
@@ -124,16 +121,6 @@ def check_source(args: flags.FlagValues, what_for: str) -> None:
     if "quantize" in args and args.quantize == "fp8":
         check_fp8("--quantize=fp8")
     check_run(args)
-
-
-def check_fp8(name: str) -> None:
-    """Raises a ValueError, which begins with `name`, where the device has no products of float8."""
-    device = jax.devices()[0]
-    if not multiplies_fp8(device):
-        raise ValueError(
-            f"{name}: the device here, {device.device_kind}, has no products of float8: choose "
-            "int8, or int8_weights"
-        )
 
 
 def check_run(args: flags.FlagValues) -> None:

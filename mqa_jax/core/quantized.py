@@ -29,6 +29,9 @@ SCHEMES: dict[str, tuple[jnp.dtype, bool]] = {
     "fp8": (FP8, True),
 }
 
+# Of keys and values, by the names that they are asked for.
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "fp8")
+
 SCALES = "scales"  # The name of `QuantizedWeight.scales` in the state of a model.
 
 # A row of nothing larger is a row of zeros: its scale would have no inverse.
@@ -161,7 +164,7 @@ def narrowed(params: Any, dtype: DTypeLike) -> Any:
 
 def is_scales(path: str) -> bool:
     """Whether a weight's name, with dots or slashes, is that of a quantized one's scales."""
-    return re.split(r"[./]", path)[-1] == SCALES
+    return SCALES in re.split(r"[./]", path)
 
 
 def check_scales(name: str, scales: np.ndarray) -> None:

@@ -35,10 +35,12 @@ from mqa_jax.measure.roofline import (
     Roofline,
     abstract_caches,
     check_memory,
-    check_wide,
     expanded,
+    in_precision,
     kv_bytes,
+    parameters,
     probe,
+    rows_of,
     step_flops,
     weight_bytes,
 )
@@ -57,10 +59,12 @@ def sweep(
     batch_sizes: Sequence[int],
     context_lengths: Sequence[int],
     dtypes: Sequence[str] = (),
+    schemes: Sequence[str | None] = (),
+    cache_dtypes: Sequence[str | None] = (),
     searches: Sequence[str] = ("greedy",),
     repeats: int = 5,
 ) -> Iterator[Cost]:
-    """Measures every variant with every search, dtype, batch and context length.
+    """Measures every variant with every search, precision, batch and context length.
 
     Args:
       models: by variant, `EncoderDecoder` or `DecoderOnly` and its size, to which the positions
@@ -68,6 +72,8 @@ def sweep(
       batch_sizes: `B`.
       context_lengths: `C`, at least 2: a step runs behind at least one token.
       dtypes: of weights, activations and caches; each config's `dtype` when empty.
+      schemes: of weights in eight bits, with each dtype; None for none. Each config's when empty.
+      cache_dtypes: of keys and values, with each of these; None for the dtype itself.
       searches: of `SEARCHES`.
       repeats: runs of which the median is taken, after one that does not count.
 
@@ -79,31 +85,28 @@ def sweep(
         into memory: nothing has been measured then.
       RuntimeError: something was compiled while it was measured.
     """
-    sizes = _check(models, batch_sizes, context_lengths, dtypes, searches, repeats)
+    sizes = _check(models, batch_sizes, context_lengths, searches, repeats)
     longest = max(context_length for _, context_length in sizes)
+    configs = {variant: config for variant, (_, config) in models.items()}
     plans = []
-    names: Sequence[str | None] = dtypes or [None]
-    for dtype, (variant, (model_type, config)) in itertools.product(names, models.items()):
-        check_wide(config)
-        dtype = dtype or config.dtype
-        max_length = max(config.max_length, longest)
-        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, max_length=max_length)
-        make = functools.partial(model_type, config)
+    for variant, precision in rows_of(configs, dtypes, schemes, cache_dtypes):
+        model_type, config = models[variant]
+        make = functools.partial(model_type, in_precision(config, precision, longest))
         model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
         for batch, context_length in sizes:
             beam_size = BEAM_SIZE if "beam" in searches else 1
             check_memory(variant, model, batch, context_length, beam_size)
-        plans.append((variant, dtype, make))
+        plans.append((variant, str(precision), make))
 
     rooflines = {}
-    for variant, dtype, make in plans:
-        if dtype not in rooflines:
-            rooflines[dtype] = probe(dtype)
+    for variant, name, make in plans:
+        if name not in rooflines:
+            rooflines[name] = probe(name)
         model = make(rngs=nnx.Rngs(0))
         for batch, context_length in sizes:
             bench = _Bench(model, batch, context_length, repeats)
             for search in searches:
-                yield bench.cost(variant, search, rooflines[dtype])
+                yield bench.cost(variant, search, name, rooflines[name])
             del bench  # There may be no room for its caches beside the next ones.
         del model
 
@@ -124,7 +127,7 @@ def step_milliseconds(
       ValueError: a size that cannot be measured, or does not fit into memory.
       RuntimeError: something was compiled while it was measured.
     """
-    sizes = _check({"a model": models}, [batch], [context_length], (), ("greedy",), repeats)
+    sizes = _check({"a model": models}, [batch], [context_length], ("greedy",), repeats)
     for model in models:
         check_memory("the model", model, *sizes[0])
     benches = [_Bench(model, batch, context_length, repeats) for model in models]
@@ -143,7 +146,6 @@ def _check(
     models: Mapping[str, Any],
     batch_sizes: Sequence[int],
     context_lengths: Sequence[int],
-    dtypes: Sequence[str],
     searches: Sequence[str],
     repeats: int,
 ) -> list[tuple[int, int]]:
@@ -159,9 +161,6 @@ def _check(
     for search in searches:
         if search not in SEARCHES:
             raise ValueError(f"search {search!r} is not one of {list(SEARCHES)}")
-    for dtype in dtypes:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
     return list(itertools.product(batch_sizes, lengths))
 
 
@@ -187,9 +186,9 @@ def describe() -> dict[str, str | int]:
     }
 
 
-def probe_again(dtype: str) -> dict[str, float]:
+def probe_again(precision: str) -> dict[str, float]:
     """The device's limits as `record` wants them behind the rows."""
-    return dataclasses.asdict(probe(dtype))
+    return dataclasses.asdict(probe(precision))
 
 
 def _cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -231,7 +230,7 @@ class _Bench:
         self.prefill_ms = self._prefill()
         self.shared_compile_seconds = self.compile_seconds
 
-    def cost(self, variant: str, search: str, roofline: Roofline) -> Cost:
+    def cost(self, variant: str, search: str, precision: str, roofline: Roofline) -> Cost:
         """Measures `search`."""
         self.compile_seconds = self.shared_compile_seconds
         self_cache, cross = abstract_caches(self.model, self.batch, self.context_length)
@@ -251,10 +250,10 @@ class _Bench:
         return Cost(
             variant=variant,
             search=search,
-            dtype=self.model.config.dtype,
+            dtype=precision,
             batch=self.batch,
             context_length=self.context_length,
-            parameters=sum(x.size for x in self.params),
+            parameters=parameters(self.model),
             encode_ms=self.encode_ms,
             prefill_ms=self.prefill_ms,
             steps=steps,

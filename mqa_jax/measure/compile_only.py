@@ -32,7 +32,12 @@ from mqa_jax.core.devices import PEAK_TFLOP_PER_S
 from mqa_jax.core.extras import MissingExtra
 from mqa_jax.core.sharding import ShardingRules, make_mesh
 from mqa_jax.measure.hlo import Program
-from mqa_jax.measure.roofline import abstract_caches, check_wide, step_weights
+from mqa_jax.measure.roofline import (
+    abstract_caches,
+    in_precision,
+    rows_of,
+    step_weights,
+)
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import MODELS
 from mqa_jax.train.setup import set_up
@@ -315,6 +320,8 @@ def decode(
     batch_sizes: Sequence[int],
     context_lengths: Sequence[int],
     dtypes: Sequence[str] = (),
+    schemes: Sequence[str | None] = (),
+    cache_dtypes: Sequence[str | None] = (),
 ) -> int:
     """Compiles a step of greedy decoding as the benchmark measures it, for every variant and size,
     and prints what there is to know of each.
@@ -325,6 +332,8 @@ def decode(
       batch_sizes: `B`, over all devices.
       context_lengths: `C`, tokens of source and slots of the target's cache.
       dtypes: of weights, activations and caches; each config's `dtype` when empty.
+      schemes: as for `mqa_jax.measure.benchmark.sweep`.
+      cache_dtypes: likewise.
 
     Returns:
       an exit status: 1 if some step does not fit.
@@ -333,26 +342,21 @@ def decode(
       As `train`.
     """
     topology, rules = find_topology(topology_name), ShardingRules()
-    names: Sequence[str | None] = dtypes or [None]
+    sizes = {name: TransformerConfig(**config.model.to_dict()) for name, config in configs.items()}
+    rows = rows_of(sizes, dtypes, schemes, cache_dtypes)
     fits = True
-    for dtype, (variant, config), batch, context_length in itertools.product(
-        names, configs.items(), batch_sizes, context_lengths
+    for (variant, precision), batch, context_length in itertools.product(
+        rows, batch_sizes, context_lengths
     ):
+        config, size = configs[variant], in_precision(sizes[variant], precision, context_length)
         mesh = make_mesh(**config.mesh, devices=topology.devices)
-        size = TransformerConfig(**config.model.to_dict())
-        check_wide(size)
-        size = dataclasses.replace(
-            size,
-            dtype=dtype or size.dtype,
-            param_dtype=dtype or size.dtype,
-            max_length=max(size.max_length, context_length),
-        )
         model = nnx.eval_shape(lambda: MODELS[config.task](size, rngs=nnx.Rngs(0)))  # noqa: B023
         graphdef, params = nnx.split(model)
         params = jax.tree.map(_with_sharding, params, rules.params(mesh, params))
         cache, cross = jax.tree.map(
-            # The arrays of a cache: keys and values, the mask of a source, the length of each row.
-            lambda x: _abstract(mesh, {4: "BKSH", 2: "BS", 1: "B"}[x.ndim], x.shape, x.dtype),  # noqa: B023
+            # The arrays of a cache: keys and values, their scales, the mask of a source, the length
+            # of each row.
+            lambda x: _abstract(mesh, ("B", "BS", "BKS", "BKSH")[x.ndim - 1], x.shape, x.dtype),  # noqa: B023
             abstract_caches(model, batch, context_length),
         )
         tokens_B = _abstract(mesh, "B", (batch,), jnp.int32)
@@ -368,7 +372,7 @@ def decode(
         # The encoder's weights are not used, but they are there.
         compiled = jax.jit(step, donate_argnums=1, out_shardings=shardings, keep_unused=True)
         fits &= report(
-            f"{variant}, a decode step in {size.dtype}, batch {batch}, context {context_length}",
+            f"{variant}, a decode step in {precision}, batch {batch}, context {context_length}",
             topology,
             mesh,
             compiled.lower(params, cache, context, tokens_B),

@@ -9,7 +9,35 @@ import re
 
 SEARCHES = ("greedy", "beam")
 BEAM_SIZE = 4  # the paper's
+_CACHES = "-caches"  # Behind a dtype of theirs.
 KEYS = ("search", "dtype", "batch", "context_length")  # what a row is about, beside the variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """What a row of the benchmark computes in; `str` of it is the row's `dtype`.
+
+    Attributes:
+      dtype: of activations, and of all that is not in eight bits.
+      quantized: the scheme of weights in eight bits, of `mqa_jax.core.quantized.SCHEMES`.
+      cache_dtype: of keys and values, where it is another.
+    """
+
+    dtype: str
+    quantized: str | None = None
+    cache_dtype: str | None = None
+
+    def __str__(self) -> str:
+        caches = self.cache_dtype and f"{self.cache_dtype}{_CACHES}"
+        return " ".join(filter(None, (self.dtype, self.quantized, caches)))
+
+    @classmethod
+    def of(cls, name: str) -> "Precision":
+        """That of a row's `dtype`."""
+        dtype, *others = name.split()
+        caches = next((word for word in others if word.endswith(_CACHES)), None)
+        scheme = next((word for word in others if word != caches), None)
+        return cls(dtype, scheme, caches and caches.removesuffix(_CACHES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +47,8 @@ class Cost:
     Attributes:
       variant: its name.
       search: `greedy`, or `beam` for beam search with a beam of 4.
-      dtype: of weights, activations and caches.
+      dtype: of weights, activations and caches; behind it, where weights are in eight bits, their
+        scheme, and the dtype of caches where it is another (`Precision`).
       batch: sentences decoded at once, `B`; beam search decodes four hypotheses of each.
       context_length: source tokens, and slots of the target's cache (all of which a step reads),
         `C`; a language model has the latter alone.
@@ -45,7 +74,8 @@ class Cost:
       flops: floating-point operations of a step's products and attention.
       gb_per_s: bytes read a second, `(weight_bytes + kv_bytes) / step_ms`, in units of 1e9.
       probe_gb_per_s: what the device reads at most, measured in the same run before its rows.
-      probe_gflop_per_s: what a matrix product of that dtype reaches, measured likewise.
+      probe_gflop_per_s: what a matrix product of that dtype reaches, or, where rows are rounded to
+        be multiplied with weights of eight bits, one of these; measured likewise.
       roofline_ms: the least time for a step by both probes.
       roofline_fraction: `roofline_ms / step_ms`; above 1 where processor caches hold what is read,
         or the host was busy while the probes were measured (`probe_behind` is of the same probes,

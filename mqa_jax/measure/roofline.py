@@ -9,10 +9,11 @@ V vocabulary   S slots of a cache   R rows, B * b of beam search
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from flax import nnx
 from jax import Array
 
 from mqa_jax.attention.functional import QUERY_BLOCK
+from mqa_jax.core.quantized import CACHE_DTYPES, INT8, SCHEMES, is_scales
 from mqa_jax.decode.beam import expand
+from mqa_jax.measure.cost import Precision
 from mqa_jax.measure.timing import milliseconds, timed
 from mqa_jax.model.config import TransformerConfig
 from mqa_jax.model.transformer import EncoderDecoder, Model
@@ -53,9 +56,16 @@ class Roofline:
         return 1e-6 * max(num_bytes / self.gb_per_s, flops / self.gflop_per_s)
 
 
-def probe(dtype: str) -> Roofline:
+def probe(precision: str) -> Roofline:
     """Measures the default device: the best of several sums over an array that no cache holds, and
-    the best of several square matrix products, both of `dtype`."""
+    the best of several square matrix products, both of a dtype.
+
+    Args:
+      precision: the `str` of a `Precision`. Where it rounds rows to eight bits, as it multiplies
+        weights with them, the products are of these.
+    """
+    dtype, scheme = Precision.of(precision).dtype, Precision.of(precision).quantized
+    narrow, rounds_rows = SCHEMES[scheme] if scheme else (None, False)
     size = int(min(PROBE_BYTES, memory_limit() / 8)) // jnp.dtype(dtype).itemsize
     array = jnp.ones((size // PROBE_COLUMNS, PROBE_COLUMNS), dtype)
     # By rows all cores of a CPU take part; a GPU is faster at the sum of all.
@@ -63,9 +73,13 @@ def probe(dtype: str) -> Roofline:
     gb_per_s = 1e-9 * array.nbytes / min(_best_seconds(total, array, runs=8) for total in sums)
     del array
     gflop_per_s = 0.0
+    product = jnp.matmul
+    if rounds_rows:
+        wide = jnp.int32 if narrow == INT8 else jnp.float32
+        product = functools.partial(jnp.matmul, preferred_element_type=wide)
     for size in PROBE_SIZES:
-        matrix = jnp.ones((size, size), dtype)
-        seconds = _best_seconds(jnp.matmul, matrix, matrix, runs=4)
+        matrix = jnp.ones((size, size), narrow if rounds_rows else dtype)
+        seconds = _best_seconds(product, matrix, matrix, runs=4)
         gflop_per_s = max(gflop_per_s, 2e-9 * size**3 / seconds)
         if seconds > PROBE_SECONDS:
             break
@@ -170,7 +184,7 @@ def step_weights(model: Model) -> list:
 def _step_weights(model: Model) -> Iterator[tuple[str, Any]]:
     """Names and arrays."""
     softmax = "embedding" if model.softmax is None else "softmax"
-    for path, x in jax.tree.leaves_with_path(nnx.state(model)):
+    for path, x in jax.tree.leaves_with_path(nnx.as_pure(nnx.state(model))):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         first, second = f"{name}/".split("/")[:2]
         is_projected_once = re.search("/cross_attention/(key|value)", name)
@@ -179,19 +193,81 @@ def _step_weights(model: Model) -> Iterator[tuple[str, Any]]:
             yield name, x
 
 
-def check_wide(config: TransformerConfig) -> None:
-    """Raises a ValueError for eight bits: a row is of one dtype."""
-    for name in ("quantized", "cache_dtype"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(
-                f"{name}={value!r}: a row of the benchmark is of weights and caches of one dtype, "
-                "float32, bfloat16 or float16; leave it out"
-            )
+def in_precision(config: TransformerConfig, precision: Precision, length: int) -> TransformerConfig:
+    """The config of a row, with as many positions as a context of that length needs."""
+    return dataclasses.replace(
+        config,
+        dtype=precision.dtype,
+        param_dtype=precision.dtype,
+        quantized=precision.quantized,
+        cache_dtype=precision.cache_dtype,
+        max_length=max(config.max_length, length),
+    )
+
+
+def rows_of(
+    configs: Mapping[str, TransformerConfig],
+    dtypes: Sequence[str],
+    schemes: Sequence[str | None],
+    cache_dtypes: Sequence[str | None],
+) -> list[tuple[str, Precision]]:
+    """Each variant in each dtype, with each scheme and each dtype of caches, or in the config's own
+    where none is given; all variants of a precision together.
+
+    Raises:
+      ValueError: a dtype or a scheme that is not known.
+    """
+    for name, values, known in (
+        ("dtype", dtypes, ("float32", "bfloat16", "float16")),
+        ("quantize", schemes, (None, *SCHEMES)),
+        ("cache_dtype", cache_dtypes, (None, *CACHE_DTYPES)),
+    ):
+        for value in values:
+            if value not in known:
+                shown = ", ".join(one or "none" for one in known)
+                raise ValueError(f"{name} {value!r} is not one of {shown}")
+    rows = [
+        (variant, Precision(*each))
+        for variant, config in configs.items()
+        for each in itertools.product(
+            dtypes or [config.dtype],
+            schemes or [config.quantized],
+            cache_dtypes or [config.cache_dtype],
+        )
+    ]
+    order = [*dict.fromkeys(precision for _, precision in rows)]
+    return sorted(rows, key=lambda row: order.index(row[1]))
+
+
+def largest_batch(model: Model, context_length: int, memory: float) -> int:
+    """How many rows can be decoded at once in so many bytes, behind contexts of that length.
+
+    Weights, caches and a step's float32 logits count; what encoding and prefill need beside them
+    does not, as rows may come in one after the other. 0 where there is not room for one.
+
+    Args:
+      model: may be abstract.
+      context_length: `C`, of source and of target.
+      memory: in bytes.
+    """
+    weights = sum(_nbytes(x) for x in jax.tree.leaves(nnx.state(model)))
+    row = kv_bytes(abstract_caches(model, 1, context_length)) + 4 * model.config.vocab_size
+    return max(0, int((memory - weights) // row))
 
 
 def weight_bytes(model: Model) -> int:
     """Bytes of `step_weights`."""
     return sum(_nbytes(x) for x in step_weights(model))
+
+
+def parameters(model: Model) -> int:
+    """How many numbers a model has; scales do not count."""
+    leaves = jax.tree.leaves_with_path(nnx.state(model))
+    return sum(
+        x.size
+        for path, x in leaves
+        if not is_scales(jax.tree_util.keystr(path, simple=True, separator="/"))
+    )
 
 
 def kv_bytes(caches: Any) -> int:
@@ -211,7 +287,10 @@ def step_flops(model: Model, caches: Any, rows: int) -> int:
     products = sum(
         2 * x.size
         for name, x in _step_weights(model)
-        if x.ndim > 1 and not name.endswith("bias") and "positions" not in name
+        if x.ndim > 1
+        and not name.endswith("bias")
+        and "positions" not in name
+        and not is_scales(name)
     )
     attention = 0
     for cache in _caches(caches):

@@ -43,6 +43,36 @@ def test_benchmark_needs_jax_and_flax_alone(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_fits_is_told_and_nothing_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["benchmark", "--config=wmt14", "--variants=multi_head,multi_query"]
+    args += ["--dtypes=bfloat16", "--quantize=none,int8", "--cache_dtype=none,int8"]
+    assert main([*args, "--memory=16GB", "--context_lengths=512,8192"]) == 0
+    first, heading, *rows = capsys.readouterr().out.splitlines()
+    assert "fit into 16 GB" in first and heading.split() == ["context", "512", "8,192"]
+    # 16e9 bytes less 211 M numbers of two each, by what a row of 2 x 512 tokens takes.
+    assert rows[0].split()[:3] == ["multi_head,", "bfloat16", "602"]
+    found = {
+        row[:45].strip(): [int(n.replace(",", "")) for n in row[45:].split()[::2]] for row in rows
+    }
+    assert [*found][1::2] == [
+        *("multi_query, bfloat16", "multi_query, bfloat16 int8-caches"),
+        *("multi_query, bfloat16 int8", "multi_query, bfloat16 int8 int8-caches"),
+    ]
+    columns = (f"multi_query, bfloat16{x} int8-caches" for x in (" int8", ""))
+    for wide, caches, both in zip(
+        found["multi_head, bfloat16"], *(found[name] for name in [*columns][::-1]), strict=True
+    ):
+        assert both > caches > 7 * wide
+    assert not list(tmp_path.iterdir())
+    for text in ("16", "0GB", "16 KB", "much"):
+        assert main([*args, f"--memory={text}"]) == 2
+        assert f"--memory must be such as 16GB or 80GiB, or device, not '{text}'" in (
+            capsys.readouterr().err
+        )
+    assert main([*args, "--memory=device"]) == 0
+
+
 def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
     args = [*TINY[:7], "--batch_sizes=2,3", "--context_lengths=11,13,17,19", "--output_dir=out"]
     process = subprocess.Popen(

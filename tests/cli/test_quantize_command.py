@@ -138,7 +138,7 @@ def test_what_cannot_be_done_is_said(project, monkeypatch, capfd, flags, reason)
 
 
 def test_weights_in_fp8_need_a_device_that_multiplies_it(gpt2, text, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("mqa_jax.cli.source.multiplies_fp8", lambda device: True)
+    monkeypatch.setattr("mqa_jax.core.devices.multiplies_fp8", lambda device: True)
     out = tmp_path / "eight"
     assert main(["quantize", f"--model={gpt2}", "--quantize=fp8", f"--output={out}"]) == 0
     monkeypatch.undo()

@@ -9,6 +9,7 @@ import pytest
 
 from mqa_jax import DecoderOnly, EncoderDecoder, TransformerConfig
 from mqa_jax.measure import benchmark, roofline, timing
+from mqa_jax.measure.cost import Precision
 from mqa_jax.measure.roofline import Roofline
 
 CONFIG = TransformerConfig(
@@ -216,6 +217,8 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_measured(monkeyp
         (dict(context_lengths=[]), "nothing to measure"),
         (dict(searches=["sample"]), r"'sample' is not one of \['greedy', 'beam'\]"),
         (dict(dtypes=["int8"]), "'int8' is not one of float32, bfloat16, float16"),
+        (dict(schemes=["int4"]), "quantize 'int4' is not one of none, int8, int8_weights, fp8"),
+        (dict(cache_dtypes=["int4"]), "cache_dtype 'int4' is not one of none, float32, "),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):
@@ -223,11 +226,38 @@ def test_what_cannot_be_measured_is_refused(options, message):
         sweep(TRANSLATE, **options)
 
 
-def test_a_row_is_of_weights_of_one_dtype():
-    for name in ("quantized", "cache_dtype"):
-        small = {"small": (DecoderOnly, dataclasses.replace(CONFIG, **{name: "int8"}))}
-        with pytest.raises(ValueError, match=f"{name}='int8': a row of the benchmark is of"):
-            sweep(small)
+def test_rows_of_eight_bits_count_what_is_read():
+    options = dict(schemes=[None, "int8"], cache_dtypes=[None, "int8"], searches=["greedy", "beam"])
+    rows = sweep(CONTINUE, **options)
+    names = ["float32", "float32 int8-caches", "float32 int8", "float32 int8 int8-caches"]
+    assert [row.dtype for row in rows[::2]] == names
+    assert [(row.search, row.dtype) for row in rows[1::2]] == [("beam", name) for name in names]
+    wide, caches, weights, both = rows[::2]
+    # A scale for each output, and for each token's key and value.
+    assert wide.kv_bytes == weights.kv_bytes and caches.kv_bytes == both.kv_bytes
+    head_dim = CONFIG.head_dim
+    assert caches.kv_bytes * 4 * head_dim == wide.kv_bytes * (head_dim + 4)
+    assert weights.weight_bytes == both.weight_bytes
+    assert 0.25 < weights.weight_bytes / wide.weight_bytes < 0.6
+    for name in ("parameters", "flops"):
+        assert len({getattr(row, name) for row in rows[::2]}) == 1, name
+    # What a config asks for is what it is measured in.
+    small = {"small": (DecoderOnly, dataclasses.replace(CONFIG, quantized="int8_weights"))}
+    assert [row.dtype for row in sweep(small)] == ["float32 int8_weights"]
+    assert sweep(small, schemes=[None])[0].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [
+        (Precision("bfloat16"), "bfloat16"),
+        (Precision("bfloat16", "int8"), "bfloat16 int8"),
+        (Precision("float32", None, "fp8"), "float32 fp8-caches"),
+        (Precision("float32", "int8_weights", "int8"), "float32 int8_weights int8-caches"),
+    ],
+)
+def test_a_precision_is_its_name(precision, name):
+    assert str(precision) == name and Precision.of(name) == precision
 
 
 def test_a_run_says_what_it_was_made_on():

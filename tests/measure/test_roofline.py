@@ -78,6 +78,11 @@ def test_flops_of_a_step(model_type, window, slots):
     expected = products + 2 * read * (queries_keys + weights_values)  # two layers
     assert roofline.step_flops(model, caches, rows=1) == expected
     assert roofline.step_flops(model, caches, rows=13) == 13 * expected
+    # Biases are added, and scales multiply what is there already.
+    for changes in (dict(bias=("qkv", "mlp")), dict(quantized="int8", cache_dtype="int8")):
+        model = make(model_type, window=window, **changes)
+        caches = roofline.abstract_caches(model, 5, 7)
+        assert roofline.step_flops(model, caches, rows=1) == expected
 
 
 def test_the_least_time_is_that_of_reading_or_of_computing():
@@ -89,8 +94,35 @@ def test_the_least_time_is_that_of_reading_or_of_computing():
 def test_the_probes_give_rates(monkeypatch):
     monkeypatch.setattr(roofline, "PROBE_BYTES", 3e6)
     monkeypatch.setattr(roofline, "PROBE_SIZES", (17, 19))
-    limits = roofline.probe("bfloat16")
-    assert limits.gb_per_s > 0 and limits.gflop_per_s > 0
+    products, matmul = [], jnp.matmul
+
+    def watched(x, y, **options):
+        products.append(str(x.dtype))
+        return matmul(x, y, **options)
+
+    monkeypatch.setattr(jnp, "matmul", watched)
+    precisions = {
+        "bfloat16": "bfloat16",
+        "bfloat16 int8": "int8",
+        "float32 int8_weights int8-caches": "float32",
+    }
+    for precision, dtype in precisions.items():
+        products.clear()
+        limits = roofline.probe(precision)
+        assert limits.gb_per_s > 0 and limits.gflop_per_s > 0
+        assert set(products) == {dtype}
+
+
+@pytest.mark.parametrize("model_type", [EncoderDecoder, DecoderOnly])
+def test_the_largest_batch_is_the_last_that_fits(model_type):
+    for changes in (dict(), dict(quantized="int8", cache_dtype="int8")):
+        model = make(model_type, **changes)
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
+        caches = roofline.kv_bytes(roofline.abstract_caches(model, 5, 7))
+        exactly = weights + caches + 4 * 5 * model.config.vocab_size
+        assert roofline.largest_batch(model, 7, exactly) == 5
+        assert roofline.largest_batch(model, 7, exactly - 1) == 4
+        assert roofline.largest_batch(model, 7, weights - 1) == 0
 
 
 def test_memory_of_encoding_and_of_a_search():
