@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,14 +27,29 @@ PROMPTS = [[3, 4, 5], [6], [7, 8], [9, 10, 11, 12], [13]]
 ANSWERS = [[5, 1], [2, 20, 19, 18, 1], [1], [22, 21, 1], [4, 4, 4, 1]]
 
 
-def log_p(model, prompt, answer):
-    """Without caches, padding or other rows, which change nothing while all are of floats."""
+def padded(rows):
+    """On the right, where nothing that counts sees it."""
+    return np.array([[*row, *[0] * (CONFIG.max_length - len(row))] for row in rows], np.int32)
+
+
+def log_p(model):
+    """`[T, V]` of each answer, in float64, from the full pass, without caches."""
     if isinstance(model, EncoderDecoder):
-        logits = model(jnp.array([prompt]), jnp.array([[2, *answer[:-1]]]))
+        is_token = padded([[1] * len(prompt) for prompt in PROMPTS])
+        inputs = padded(PROMPTS), padded([[2, *answer[:-1]] for answer in ANSWERS])
+        segments = dict(source_segment_ids=is_token, target_segment_ids=np.ones_like(inputs[1]))
+        logits = jax.jit(model.__call__)(*inputs, **segments)
+        starts = [0] * len(ANSWERS)
     else:
-        logits = model(jnp.array([[*prompt, *answer[:-1]]]))
-    logits = np.asarray(logits[0], np.float64)[-len(answer) :]
-    return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+        logits = jax.jit(model.__call__)(padded(rows))
+        starts = [len(prompt) - 1 for prompt in PROMPTS]
+    logits = np.asarray(logits, np.float64)
+    logits -= np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    return [
+        row[start : start + len(answer)]
+        for row, start, answer in zip(logits, starts, ANSWERS, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("cls", [EncoderDecoder, DecoderOnly])
@@ -41,11 +57,10 @@ def test_sums_over_the_tokens_of_the_answers(cls):
     first = cls(CONFIG, rngs=nnx.Rngs(0))
     models = [first, cls(CONFIG, rngs=nnx.Rngs(1)), quantize(first, "int8")]
     found = divergences(models, PROMPTS, ANSWERS, bos_id=2, batch_size=2)
-    count = sum(map(len, ANSWERS))
+    wanted, count = log_p(first), sum(map(len, ANSWERS))
     for model, own in zip(models, found, strict=True):
         far = agreed = loss = 0.0
-        for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
-            p, q = log_p(first, prompt, answer), log_p(model, prompt, answer)
+        for p, q, answer in zip(wanted, log_p(model), ANSWERS, strict=True):
             far += np.sum(np.exp(p) * (p - q))
             agreed += np.sum(p.argmax(axis=-1) == q.argmax(axis=-1))
             loss -= q[np.arange(len(answer)), answer].sum()
