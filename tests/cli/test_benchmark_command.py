@@ -42,7 +42,7 @@ def test_benchmark_needs_jax_and_flax_alone(tmp_path):
     assert {"roofline", "step_against_context"} <= pictures
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_what_fits_is_told_and_nothing_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = ["benchmark", "--config=wmt14", "--variants=multi_head,multi_query"]
@@ -73,6 +73,7 @@ def test_what_fits_is_told_and_nothing_measured(tmp_path, monkeypatch, capsys):
     assert main([*args, "--memory=device"]) == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
     args = [*TINY[:7], "--batch_sizes=2,3", "--context_lengths=11,13,17,19", "--output_dir=out"]
     process = subprocess.Popen(
