@@ -50,8 +50,9 @@ def test_what_fits_is_told_and_nothing_measured(tmp_path, monkeypatch, capsys):
     assert main([*args, "--memory=16GB", "--context_lengths=512,8192"]) == 0
     first, heading, *rows = capsys.readouterr().out.splitlines()
     assert "fit into 16 GB" in first and heading.split() == ["context", "512", "8,192"]
-    # 16e9 bytes less 211 M numbers of two each, by what a row of 2 x 512 tokens takes.
-    assert rows[0].split()[:3] == ["multi_head,", "bfloat16", "602"]
+    # 16 GB less 211 M weights, by keys and values of 2 x 512 tokens in six layers, and logits.
+    a_row = 2 * 6 * 8 * 128 * 2 * 512 * 2 + 4 * 33_792
+    assert rows[0].split()[:3] == ["multi_head,", "bfloat16", str(int((16e9 - 2 * 211e6) / a_row))]
     found = {
         row[:45].strip(): [int(n.replace(",", "")) for n in row[45:].split()[::2]] for row in rows
     }
