@@ -27,12 +27,20 @@ from absl import app, flags
 from jax import Array
 
 from mqa_jax.attention import padding_mask
+from mqa_jax.attention.cache import check_cache_dtype
 from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.functional import attend
 from mqa_jax.attention.kernels.gpu import flash_decode
+from mqa_jax.core.devices import loop_options
+from mqa_jax.core.quantized import LARGEST, held
 from mqa_jax.measure.roofline import probe
 
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of queries and caches.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float32", "int8", "fp8"],
+    "Of caches; queries have no eight bits.",
+)
 SHAPES = flags.DEFINE_list(
     "shapes", ["1024x256", "128x2048", "64x8192", "16x16384", "1x131072"], "Rows x slots."
 )
@@ -45,7 +53,9 @@ ROTATED_BYTES = 4e8
 
 def milliseconds(function: Callable[..., Array], sets: list[tuple[Array, ...]]) -> float:
     """Of one call, in the median of 15 runs through all sets of arguments."""
+    # On a GPU one graph: else each call of a kernel waits for the host.
     program = jax.jit(lambda sets: [function(*args) for args in sets])
+    program = program.lower(sets).compile(loop_options())
     jax.block_until_ready(program(sets))
     times = []
     for _ in range(15):
@@ -60,7 +70,9 @@ def milliseconds(function: Callable[..., Array], sets: list[tuple[Array, ...]]) 
 def main(_) -> None:
     if SWEEP.value and jax.default_backend() != "gpu":
         raise app.UsageError("--sweep is of the kernel, which runs on a GPU")
-    bandwidth = 1e9 * probe(DTYPE.value).gb_per_s
+    dtype = check_cache_dtype("--dtype", DTYPE.value)
+    query_dtype = "bfloat16" if dtype in LARGEST else DTYPE.value
+    bandwidth = 1e9 * probe(query_dtype).gb_per_s
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {DTYPE.value}, reads "
         f"{bandwidth / 1e9:.1f} GB/s"
@@ -72,16 +84,19 @@ def main(_) -> None:
             raise app.UsageError(f"--shapes takes rows x slots such as 8x2048, not {shape!r}")
         shapes.append(tuple(map(int, shape.split("x"))))
     for (batch, slots), kv_heads in itertools.product(shapes, (1, 8)):
-        cache_bytes = 2 * jnp.dtype(DTYPE.value).itemsize * batch * kv_heads * slots * H
+        # Of eight bits with a scale for each vector.
+        vector_bytes = dtype.itemsize * H + 4 * (dtype in LARGEST)
+        cache_bytes = 2 * vector_bytes * batch * kv_heads * slots
         keys = jax.random.split(jax.random.key(0), max(2, int(ROTATED_BYTES / cache_bytes)))
 
         @jax.jit
         def arrays(key, batch=batch, kv_heads=kv_heads, slots=slots):
             shapes = (batch, 1, N, H), (batch, kv_heads, slots, H), (batch, kv_heads, slots, H)
-            return tuple(
-                jax.random.normal(k, shape, DTYPE.value)
+            query, key, value = (
+                jax.random.normal(k, shape, query_dtype)
                 for k, shape in zip(jax.random.split(key, 3), shapes, strict=True)
             )
+            return query, held(key, dtype), held(value, dtype)
 
         sets = [(*arrays(key), jnp.full(batch, slots)) for key in keys]
 
@@ -93,13 +108,16 @@ def main(_) -> None:
             return attend_to_cache(query, key, value, mask, end_B=end)
 
         def total(query, key, value, end):
-            return jnp.sum(key, dtype=jnp.float32) + jnp.sum(value, dtype=jnp.float32)
+            leaves = jax.tree.leaves((key, value))
+            return sum(jnp.sum(x.astype(jnp.float32)) for x in leaves)
 
         expected, actual = (jax.jit(f)(*sets[0]).astype(jnp.float32) for f in (plain, engine))
         error = float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
         candidates = {"sum of both": total, "plain": plain, "engine": engine}
         if SWEEP.value:
-            settings = itertools.product((1, 2, 4, 8, 16, 32, 64, 128), (64, 128), (4, 8), (2, 3))
+            settings = itertools.product(
+                (1, 2, 4, 8, 16, 32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3)
+            )
             for splits, block, warps, stages in settings:
                 # Below, the GPU is not filled; above, it is filled by the batch alone.
                 if splits == 1 or 128 <= batch * kv_heads * splits <= 512:

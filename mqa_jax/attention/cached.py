@@ -20,8 +20,9 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from mqa_jax.attention.cache import held_spec
 from mqa_jax.attention.functional import PLAIN, Logits, attend
-from mqa_jax.core.quantized import Held, Quantized
+from mqa_jax.core.quantized import Held
 from mqa_jax.core.sharding import decode_axes
 
 # The platform that has a kernel, as JAX names it.
@@ -46,8 +47,7 @@ def attend_to_cache(
     nor softcap.
     """
     is_plain = logits.bias is None and logits.softcap is None
-    is_quantized = isinstance(key_BKSH, Quantized) or isinstance(value_BKSH, Quantized)
-    if is_quantized or not is_plain or not is_supported(query_BTNH, key_BKSH):
+    if not is_plain or not is_supported(query_BTNH, key_BKSH):
         return attend(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, logits)
     scale = query_BTNH.shape[-1] ** -0.5 if logits.scale is None else logits.scale
     return _compiled(query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B, PLATFORM, scale)
@@ -66,8 +66,8 @@ def is_supported(query_BTNH: Array, key_BKSH: Held) -> bool:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _choose(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask_B1TS: Array,
     end_B: Array | None,
     platform: str,
@@ -92,10 +92,10 @@ _compiled = jax.jit(_choose, static_argnums=(5, 6))
 
 def _plain(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask_B1TS: Array,
-    end_B: Array | None = None,
+    end_B: Array | None,
     *,
     scale: float,
 ) -> Array:
@@ -104,30 +104,36 @@ def _plain(
 
 def _kernel(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask_B1TS: Array,
-    end_B: Array | None = None,
+    end_B: Array | None,
     *,
     scale: float,
 ) -> Array:
     """The primitive, on each device of a mesh its own part."""
-    arrays = [query_BTNH, key_BKSH, value_BKSH, mask_B1TS]
-    arrays += [] if end_B is None else [end_B]
-    mesh = _mesh(arrays)
+    arrays = query_BTNH, key_BKSH, value_BKSH, mask_B1TS, end_B
+    mesh = _mesh(jax.tree.leaves(arrays))
     if mesh is None:
-        return flash_decode_p.bind(*arrays, scale=scale)
+        return _bind(*arrays, scale=scale)
     rows, _, num_heads, _ = query_BTNH.shape
     batch, heads, kv_heads = decode_axes(mesh, rows, num_heads, key_BKSH.shape[1])
     query, key = P(batch, None, heads, None), P(batch, kv_heads, None, None)
+    of_key, of_value = (held_spec(key, x.dtype) for x in (key_BKSH, value_BKSH))
     mapped = jax.shard_map(
-        functools.partial(flash_decode_p.bind, scale=scale),
+        functools.partial(_bind, scale=scale),
         mesh=mesh,
-        in_specs=(query, key, key, P(batch), *[P(batch)] * (end_B is not None)),
+        in_specs=(query, of_key, of_value, P(batch), P(batch)),
         out_specs=query,
         check_vma=False,
     )
     return mapped(*arrays)
+
+
+def _bind(*arrays: Any, scale: float) -> Array:
+    """The primitive takes arrays alone, and how they were arranged."""
+    leaves, structure = jax.tree.flatten(arrays)
+    return flash_decode_p.bind(*leaves, structure=structure, scale=scale)
 
 
 def _mesh(arrays: list[Array]) -> Mesh | AbstractMesh | None:
@@ -143,16 +149,22 @@ flash_decode_p = Primitive("flash_decode")
 
 
 @flash_decode_p.def_abstract_eval
-def _abstract_eval(query_BTNH: Any, *_: Any, scale: float) -> Any:
+def _abstract_eval(query_BTNH: Any, *_: Any, **__: Any) -> Any:
     return query_BTNH
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *values: Any, scale: float) -> Any:
+def _lower(
+    ctx: mlir.LoweringRuleContext, *values: Any, structure: jax.tree_util.PyTreeDef, scale: float
+) -> Any:
     """The kernel where a program is for one GPU, or for its part; else what XLA can take apart."""
     is_for_it = tuple(ctx.platforms or ctx.module_context.platforms) == (PLATFORM,)
-    if not is_for_it or not _is_for_one_device(ctx) or not _compiles():
-        return mlir.lower_fun(_plain, multiple_results=False)(ctx, *values, scale=scale)
-    return mlir.lower_fun(_local_kernel, multiple_results=False)(ctx, *values, scale=scale)
+    is_kernel = is_for_it and _is_for_one_device(ctx) and _compiles()
+    function = _local_kernel if is_kernel else _plain
+
+    def of_leaves(*leaves: Array) -> Array:
+        return function(*jax.tree.unflatten(structure, leaves), scale=scale)
+
+    return mlir.lower_fun(of_leaves, multiple_results=False)(ctx, *values)
 
 
 def _is_for_one_device(ctx: mlir.LoweringRuleContext) -> bool:
@@ -178,10 +190,10 @@ mlir.register_lowering(flash_decode_p, _lower)
 
 def _local_kernel(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     mask_B1TS: Array,
-    end_B: Array | None = None,
+    end_B: Array | None,
     *,
     scale: float,
 ) -> Array:
@@ -197,7 +209,7 @@ def _local_kernel(
     )
 
 
-def _batch(arrays: tuple, dims: tuple, *, scale: float) -> tuple[Array, int]:
+def _batch(arrays: tuple, dims: tuple, **options: Any) -> tuple[Array, int]:
     """What `jax.vmap` adds is more rows of the batch."""
     size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
 
@@ -205,7 +217,7 @@ def _batch(arrays: tuple, dims: tuple, *, scale: float) -> tuple[Array, int]:
         x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         return x.reshape(-1, *x.shape[2:])
 
-    output = flash_decode_p.bind(*map(rows, arrays, dims), scale=scale)
+    output = flash_decode_p.bind(*map(rows, arrays, dims), **options)
     return output.reshape(size, -1, *output.shape[1:]), 0
 
 

@@ -1,6 +1,7 @@
 """The kernel without a GPU: interpreted, against the same attention in plain JAX."""
 
 import contextlib
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import mqa_jax
 from mqa_jax.attention import cached
 from mqa_jax.attention.functional import Logits, attend
 from mqa_jax.attention.kernels import gpu
+from mqa_jax.core.quantized import LARGEST, Quantized, held
 from mqa_jax.decode.beam import expand, reorder
 
 H = 16
 TOLERANCE = {"float32": dict(rtol=1e-5, atol=1e-5), "bfloat16": dict(rtol=2e-2, atol=2e-2)}
+FP8 = "float8_e4m3fn"
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +43,16 @@ def close(actual, expected, dtype="float32"):
 
 
 def arrays(batch, length, heads, kv_heads, slots, dtype="float32"):
-    query = normal(0, batch, length, heads, H, dtype=dtype)
-    return query, *(normal(i, batch, kv_heads, slots, H, dtype=dtype) for i in (1, 2))
+    """Queries of that dtype, or of float32 with keys and values of eight bits."""
+    is_float = jnp.dtype(dtype) not in LARGEST
+    query = normal(0, batch, length, heads, H, dtype=dtype if is_float else "float32")
+    return query, *(held(normal(i, batch, kv_heads, slots, H), dtype) for i in (1, 2))
+
+
+def plain(query, key, value, mask, scale=0.3):
+    """Over floats, whatever the cache holds."""
+    key, value = (x.widened() if isinstance(x, Quantized) else x for x in (key, value))
+    return attend(query, key, value, mask, Logits(scale))
 
 
 @pytest.mark.parametrize(
@@ -53,31 +64,37 @@ def arrays(batch, length, heads, kv_heads, slots, dtype="float32"):
         pytest.param(20, 1, 1, "float32", marks=pytest.mark.slow),
         pytest.param(6, 1, 1, "bfloat16", marks=pytest.mark.slow),
         (6, 2, 5, "bfloat16"),
+        (6, 1, 1, "int8"),
+        pytest.param(6, 6, 5, "int8", marks=pytest.mark.slow),
+        (6, 2, 3, FP8),
     ],
 )
 def test_the_first_slots_of_each_row(heads, kv_heads, splits, dtype):
     slots, end = 83, jnp.array([83, 1, 40])
     query, key, value = arrays(3, 1, heads, kv_heads, slots, dtype)
     # What lies behind the end is not seen.
-    key, value = (x.at[1, :, 1:].set(1e4) for x in (key, value))
+    key, value = jax.tree.map(lambda x: x.at[1, :, 1:].set(100), (key, value))
     got = gpu.flash_decode(
         query, key, value, end_B=end, scale=0.3, splits=splits, block=16, interpret=True
     )
     assert got.dtype == query.dtype
     mask = (jnp.arange(slots)[None] < end[:, None])[:, None, None]
-    close(got, attend(query, key, value, mask, Logits(0.3)), dtype)
+    close(got, plain(query, key, value, mask), query.dtype.name)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("length", "mask_length"), [(1, 1), (5, 5), (5, 1)])
-def test_masks_of_every_query_and_of_all(length, mask_length, splits):
-    query, key, value = arrays(2, length, 6, 2, 70)
+@pytest.mark.parametrize(
+    ("length", "mask_length", "dtype"),
+    [(1, 1, "float32"), (5, 5, "float32"), (5, 1, "float32"), (5, 5, "int8"), (1, 1, FP8)],
+)
+def test_masks_of_every_query_and_of_all(length, mask_length, dtype, splits):
+    query, key, value = arrays(2, length, 6, 2, 70, dtype)
     mask = jnp.asarray(np.random.default_rng(3).random((2, mask_length, 70)) < 0.4)
     mask = mask.at[1, 0].set(False)  # A query that sees nothing.
     got = gpu.flash_decode(
         query, key, value, mask_BTS=mask, scale=0.3, splits=splits, block=16, interpret=True
     )
-    close(got, attend(query, key, value, mask[:, None], Logits(0.3)))
+    close(got, plain(query, key, value, mask[:, None]))
     assert not np.any(got[1, 0])
 
 
@@ -113,6 +130,22 @@ def test_what_is_not_seen_may_be_anything_and_what_is_seen_spoils_its_query(kind
     sees_BT = np.asarray(mask[..., at]) & np.array([[False], [True]])
     assert not np.isfinite(output[sees_BT]).any()
     close(output[~sees_BT], expected[~sees_BT])
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("of_key", [True, False])
+def test_a_scale_that_is_not_finite_spoils_who_sees_its_vector(of_key, length):
+    query, key, value = arrays(2, length, 6, 2, 70, "int8")
+    mask = jnp.asarray(np.random.default_rng(3).random((2, length, 70)) < 0.4)
+    mask = mask.at[:, -1].set(True).at[:, -1, 7].set(False).at[0, 0, 7].set(length == 1)
+    run = functools.partial(gpu.flash_decode, mask_BTS=mask, scale=0.3, block=16, interpret=True)
+    bad = key if of_key else value
+    bad = dataclasses.replace(bad, scales=bad.scales.at[:, :, 7].set(jnp.nan))
+    output = np.asarray(run(query, *((bad, value) if of_key else (key, bad))))
+    sees_BT = np.asarray(mask[..., 7])
+    assert sees_BT.any() and not sees_BT.all()
+    assert np.isnan(output[sees_BT]).all()
+    close(output[~sees_BT], run(query, key, value)[~sees_BT])
 
 
 def test_a_cache_of_another_dtype_than_the_queries():
@@ -224,9 +257,9 @@ def lowered_kernels(monkeypatch):
     jax.clear_caches()
 
 
-def decode_step(heads=4, kv_heads=1, batch=8):
+def decode_step(heads=4, kv_heads=1, batch=8, **options):
     """A step, its arguments, and a step of a plain product for comparison."""
-    attention = mqa_jax.Attention(16, heads, kv_heads, H, rngs=nnx.Rngs(0))
+    attention = mqa_jax.Attention(16, heads, kv_heads, H, **options, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(attention)
     x = normal(5, batch, 3, 16)
     cache = attention.prefill(x, attention.init_cache(batch, 7), np.arange(batch) % 4)[1]
@@ -258,9 +291,10 @@ def test_where_no_gpu_is_known_its_program_has_plain_attention():
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-def test_a_program_for_a_gpu_that_is_described_has_the_kernel():
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
+def test_a_program_for_a_gpu_that_is_described_has_the_kernel(cache_dtype):
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-    step, arguments = decode_step()
+    step, arguments = decode_step(cache_dtype=cache_dtype)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
         lowered = jax.jit(step).trace(*arguments).lower(**CUDA)
     assert "triton" in lowered.as_text()
@@ -298,8 +332,9 @@ def test_a_gradient_is_that_of_plain_attention(_kernel_everywhere, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_vmap_adds_rows(_kernel_everywhere):
-    step, (params, x, cache) = decode_step()
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_vmap_adds_rows(_kernel_everywhere, cache_dtype):
+    step, (params, x, cache) = decode_step(cache_dtype=cache_dtype)
     more = jnp.stack([x, 2 * x, x - 1])
     _kernel_everywhere.clear()
     got = jax.vmap(step, (None, 0, None))(params, more, cache)
@@ -320,14 +355,15 @@ MESHES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axis_type", "is_set", "axes", "kv_heads", "local"),
-    [(AxisType.Auto, False, *case) for case in MESHES[1:]]
-    + [(AxisType.Explicit, is_set, *MESHES[0]) for is_set in (False, True)],
+    ("axis_type", "is_set", "cache_dtype", "axes", "kv_heads", "local"),
+    [(AxisType.Auto, False, None, *case) for case in MESHES[1:]]
+    + [(AxisType.Explicit, is_set, None, *MESHES[0]) for is_set in (False, True)]
+    + [(AxisType.Auto, False, "int8", *MESHES[1]), (AxisType.Explicit, True, "int8", *MESHES[0])],
 )
 def test_each_device_runs_the_kernel_on_its_own_part(
-    _kernel_everywhere, axis_type, is_set, axes, kv_heads, local
+    _kernel_everywhere, axis_type, is_set, cache_dtype, axes, kv_heads, local
 ):
-    step, arguments = decode_step(kv_heads=kv_heads)
+    step, arguments = decode_step(kv_heads=kv_heads, cache_dtype=cache_dtype)
     expected = step(*arguments)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes))
     rows = tuple(name for name in ("data", "fsdp") if name in axes)

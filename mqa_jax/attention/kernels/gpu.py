@@ -3,7 +3,8 @@
 XLA writes the logits and the weights to memory between its products, and its kernels leave much of
 a GPU idle when a batch is small. Here the logits never leave a multiprocessor (the softmax is kept
 running: Dao et al. 2022), and a cache is cut into splits that are attended to side by side where
-the batch alone does not fill the GPU.
+the batch alone does not fill the GPU. Keys and values of eight bits are widened in registers: their
+scales are factors of the logits and of the weights.
 
 Array letters:
   B batch   T queries   N query heads   K key/value heads   G heads per key/value head   H head dim
@@ -19,6 +20,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from mqa_jax.core.quantized import LARGEST, Held, Quantized
+
 # Of a product on tensor cores.
 MIN_ROWS = 16
 
@@ -31,16 +34,16 @@ LEAST = -1e30  # In place of minus infinity, whose difference with itself is not
 
 def flash_decode(
     query_BTNH: Array,
-    key_BKSH: Array,
-    value_BKSH: Array,
+    key_BKSH: Held,
+    value_BKSH: Held,
     *,
     mask_BTS: Array | None = None,
     end_B: Array | None = None,
     scale: float,
     block: int | None = None,
     splits: int | None = None,
-    num_warps: int = 4,
-    num_stages: int = 2,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
     interpret: bool = False,
 ) -> Array:
     """What `dot_product_attention` gives for the same arguments, but without a gradient.
@@ -49,16 +52,16 @@ def flash_decode(
 
     Args:
       query_BTNH: queries, `T * N / K` of them at most 64.
-      key_BKSH: keys in cache layout.
-      value_BKSH: values in cache layout.
+      key_BKSH: keys in cache layout, floats or eight bits with a scale for each token and head.
+      value_BKSH: values in cache layout, likewise.
       mask_BTS: bool, True = attend; with `T = 1` for all queries alike. A query that may attend
         to nothing yields zeros.
       end_B: int32, only the first `end_B[b]` slots are read and attended to.
       scale: what the logits are multiplied by.
       block: slots that a program reads at a time, a power of two; chosen from the shape when None.
       splits: programs for each key/value head of each batch element; likewise.
-      num_warps: of a program.
-      num_stages: blocks that are on their way from memory at a time.
+      num_warps: of a program; likewise.
+      num_stages: blocks that are on their way from memory at a time; likewise.
       interpret: run without a GPU, slowly.
 
     Returns:
@@ -69,16 +72,21 @@ def flash_decode(
     rows = length * num_heads // num_kv_heads
     if splits is None:
         splits = _splits(batch * num_kv_heads, slots)
-    if block is None:
-        block = 64 if splits == 1 else 128
+    default = _settings(key_BKSH.dtype, splits)
+    settings = (block, num_warps, num_stages)
+    block, num_warps, num_stages = (
+        own if given is None else given for given, own in zip(settings, default, strict=True)
+    )
     if end_B is None:
         end_B = jnp.full(batch, slots)
     block = min(block, max(16, pl.next_power_of_2(slots)))
     split_slots = pl.cdiv(pl.cdiv(slots, splits), block) * block
     splits = pl.cdiv(slots, split_slots)
 
+    # Products are taken in the dtype of the cache; eight bits are widened to that of the queries.
+    dtype = query_BTNH.dtype if isinstance(key_BKSH, Quantized) else key_BKSH.dtype
     query_BKRH = jnp.moveaxis(
-        query_BTNH.astype(key_BKSH.dtype).reshape(batch, length, num_kv_heads, -1, head_dim), 1, 2
+        query_BTNH.astype(dtype).reshape(batch, length, num_kv_heads, -1, head_dim), 1, 2
     ).reshape(batch, num_kv_heads, rows, head_dim)
     kernel = functools.partial(
         _kernel,
@@ -88,7 +96,9 @@ def flash_decode(
         slots=slots,
         rows=rows,
     )
-    per_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, k, c: (b, k, 0, 0))  # noqa: E731
+    per_head = lambda *shape: pl.BlockSpec(  # noqa: E731
+        (None, None, *shape), lambda b, k, c: (b, k) + (0,) * len(shape)
+    )
     partial = lambda *shape: pl.BlockSpec(  # noqa: E731
         (None, None, None, *shape), lambda b, k, c: (b, k, c) + (0,) * len(shape)
     )
@@ -100,8 +110,7 @@ def flash_decode(
         grid=leading,
         in_specs=[
             per_head(padded, head_dim),
-            per_head(slots, head_dim),
-            per_head(slots, head_dim),
+            *(jax.tree.map(lambda x: per_head(*x.shape[2:]), x) for x in (key_BKSH, value_BKSH)),
             pl.BlockSpec((None,), lambda b, k, c: (b,)),
             mask_BTS
             if mask_BTS is None
@@ -121,7 +130,7 @@ def flash_decode(
         key_BKSH,
         value_BKSH,
         end_B.astype(jnp.int32),
-        mask_BTS if mask_BTS is None else mask_BTS.astype(jnp.int8),
+        mask_BTS,
     )
 
     if splits == 1:
@@ -145,12 +154,23 @@ def _splits(heads: int, slots: int) -> int:
     return splits
 
 
+def _settings(dtype: jnp.dtype, splits: int) -> tuple[int, int, int]:
+    """Block, warps and stages, as `benchmarks/decode_attention.py --sweep` found them.
+
+    To widen eight bits takes the time that loading half as much saves, unless many small programs
+    share a multiprocessor.
+    """
+    if dtype in LARGEST:
+        return (32, 2, 3) if splits == 1 else (64, 4, 3)
+    return (64, 4, 2) if splits == 1 else (128, 4, 2)
+
+
 def _kernel(
     query_ref: Any,  # [R, H], padded to a power of two, as are the outputs
-    key_ref: Any,  # [S, H]
-    value_ref: Any,  # [S, H]
+    key_ref: Any,  # [S, H], or `Quantized` with scales [S]
+    value_ref: Any,  # [S, H], likewise
     end_ref: Any,  # [], no slot from here on is seen
-    mask_ref: Any,  # [T, S] int8, or None
+    mask_ref: Any,  # [T, S] bool, or None
     output_ref: Any,  # [R, H]
     largest_ref: Any,  # [R]
     total_ref: Any,  # [R]
@@ -178,24 +198,25 @@ def _kernel(
         slot_S = start + jnp.arange(block)
         is_slot_S = slot_S < slots
         mask_S1 = None if slots % block == 0 else is_slot_S[:, None]
-        other = None if mask_S1 is None else 0
-        key_SH = triton.load(key_ref.at[at, :], mask=mask_S1, other=other)
+        other = None if mask_S1 is None else 0.0
+        key_values_ref, key_scales_ref = _values_and_scales(key_ref)
+        value_values_ref, value_scales_ref = _values_and_scales(value_ref)
+        key_SH = triton.load(key_values_ref.at[at, :], mask=mask_S1, other=other)
         is_seen_S = (slot_S < end) & is_slot_S
         if mask_ref is not None and length == 1:  # A mask of one query serves all rows.
-            is_seen_S &= triton.load(mask_ref.at[0, slot_S], mask=is_slot_S, other=0) != 0
+            is_seen_S &= triton.load(mask_ref.at[0, slot_S], mask=is_slot_S, other=False)
         is_seen_RS = is_seen_S[None]
         # A weight of zero does not keep a NaN out of the product: what no row sees is not loaded.
-        value_SH = triton.load(value_ref.at[at, :], mask=is_seen_S[:, None], other=0)
-        logits_RS = triton.dot(query_RH, key_SH.T) * scale
+        value_SH = triton.load(value_values_ref.at[at, :], mask=is_seen_S[:, None], other=0.0)
+        logits_RS = triton.dot(query_RH, key_SH.astype(query_RH.dtype).T) * scale
+        if key_scales_ref is not None:
+            logits_RS *= triton.load(key_scales_ref.at[at], mask=is_seen_S, other=0)[None]
         if length > 1:
             query_R = row_R * length // rows
-            is_seen_RS &= (
-                triton.load(
-                    mask_ref.at[query_R[:, None], slot_S[None]],
-                    mask=is_slot_S[None] & (query_R < length)[:, None],
-                    other=0,
-                )
-                != 0
+            is_seen_RS &= triton.load(
+                mask_ref.at[query_R[:, None], slot_S[None]],
+                mask=is_slot_S[None] & (query_R < length)[:, None],
+                other=False,
             )
         if is_careful:
             # What one row sees and another does not spoils the logits of the one.
@@ -207,12 +228,13 @@ def _kernel(
         new_largest_R = jnp.maximum(largest_R, jnp.max(logits_RS, axis=1))
         weights_RS = jnp.where(is_seen_RS, jnp.exp(logits_RS - new_largest_R[:, None]), 0.0)
         shrink_R = jnp.exp(largest_R - new_largest_R)
+        total_R = total_R * shrink_R + jnp.sum(weights_RS, axis=1)
+        if value_scales_ref is not None:
+            scales_S = triton.load(value_scales_ref.at[at], mask=is_seen_S, other=0)
+            weights_RS = jnp.where(is_seen_RS, weights_RS * scales_S[None], 0.0)
+            value_SH = value_SH.astype(query_RH.dtype)
         added_RH = triton.dot(weights_RS.astype(value_SH.dtype), value_SH)
-        return (
-            output_RH * shrink_R[:, None] + added_RH,
-            new_largest_R,
-            total_R * shrink_R + jnp.sum(weights_RS, axis=1),
-        )
+        return output_RH * shrink_R[:, None] + added_RH, new_largest_R, total_R
 
     carry = (
         jnp.zeros((padded, head_dim), jnp.float32),
@@ -221,7 +243,7 @@ def _kernel(
     )
     blocks = jnp.maximum(end - first + block - 1, 0) // block
     found = lax.fori_loop(0, blocks, functools.partial(attend, is_careful=False), carry)
-    if length > 1:
+    if length > 1 and not isinstance(value_ref, Quantized):  # Eight bits are finite.
         # Rows that see different slots: a value that is not finite has come to all of them, seen or
         # not. To look at every value costs a fifth of the time, so that is done where it is needed
         # alone, by a loop that has nothing to do otherwise.
@@ -236,3 +258,7 @@ def _kernel(
     triton.store(output_ref, output_RH.astype(output_ref.dtype), mask=is_row_R[:, None])
     triton.store(largest_ref, largest_R, mask=is_row_R)
     triton.store(total_ref, total_R, mask=is_row_R)
+
+
+def _values_and_scales(ref: Any) -> tuple[Any, Any]:
+    return (ref.values, ref.scales) if isinstance(ref, Quantized) else (ref, None)
