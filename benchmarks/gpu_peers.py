@@ -37,12 +37,12 @@ from turns import WORKER, print_table, read_bandwidth, record, summary, take_tur
 
 # Their precisions, as the benchmark of the package names them.
 CONTESTANTS = {
+    "torch": ("bfloat16",),
+    "torch_compile": ("bfloat16",),
     "ours": (
         *("bfloat16", "bfloat16 int8-caches", "bfloat16 fp8-caches"),
         "bfloat16 int8_weights int8-caches",
     ),
-    "torch": ("bfloat16",),
-    "torch_compile": ("bfloat16",),
 }
 
 ONLY = flags.DEFINE_list("contestants", list(CONTESTANTS), "Who takes part.")

@@ -64,7 +64,7 @@ def ours(
         program = jax.jit(
             decode,
             donate_argnums=1 if beam_size == 1 else (),
-            compiler_options=loop_options(),
+            compiler_options=loop_options(params),
         )
         tokens_B = jnp.full(batch, 5)
         cache = model.init_cache(batch, context + STEPS)

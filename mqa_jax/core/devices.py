@@ -3,8 +3,11 @@
 import functools
 import os
 import warnings
+from typing import Any
 
 import jax
+
+from mqa_jax.core.quantized import FP8
 
 # Published peaks of bfloat16 products in units of 1e12 a second, by what JAX calls a device: a core
 # of TPU v2, v3 and 7x, else a chip.
@@ -36,27 +39,45 @@ def multiplies_fp8(device: jax.Device) -> bool:
     return device.device_kind == "TPU7x"
 
 
-def loop_options() -> dict[str, str]:
+def loop_options(params: Any = ()) -> dict[str, str | bool]:
     """Compiler options for a loop whose end the device decides: `lowered.compile(loop_options())`.
 
     On NVIDIA GPUs the whole loop becomes one CUDA graph. As XLA would have it, each turn is one;
     the host asks before each whether there is another, and records the graph anew whenever a
     program is called with arrays that lie elsewhere, which takes milliseconds. XLA_FLAGS that say
     what becomes a graph are left to say so.
+
+    Args:
+      params: the weights that the loop is given, for `product_options`.
     """
-    is_nvidia = jax.devices()[0].device_kind.startswith("NVIDIA")
-    if not is_nvidia or _CUDA_GRAPHS in os.environ.get("XLA_FLAGS", ""):
-        return {}
-    return _known("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL")
+    options = product_options(params)
+    if not _is_nvidia() or _CUDA_GRAPHS in os.environ.get("XLA_FLAGS", ""):
+        return options
+    kinds = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+    return options | _known(_CUDA_GRAPHS, kinds)
+
+
+def product_options(params: Any) -> dict[str, str | bool]:
+    """Compiler options for a program with these weights.
+
+    For products of float8 XLA on NVIDIA GPUs tries kernels of its own, of which a vocabulary's
+    takes a minute and more to compile, and is slower than cuBLAS's, which is then all that is left.
+    """
+    has_fp8 = any(x.dtype == FP8 for x in jax.tree.leaves(params))
+    return _known("xla_gpu_enable_triton_gemm", False) if has_fp8 and _is_nvidia() else {}
+
+
+def _is_nvidia() -> bool:
+    return jax.devices()[0].device_kind.startswith("NVIDIA")
 
 
 @functools.cache
-def _known(kinds: str) -> dict[str, str]:
+def _known(name: str, value: str | bool) -> dict[str, str | bool]:
     """XLA refuses what it has no such name for, and names are not promised to stay."""
-    options = {_CUDA_GRAPHS: kinds}
+    options = {name: value}
     try:
         jax.jit(lambda: 0).lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
-        warnings.warn(f"decoding will ask the host before every step: {error}", stacklevel=3)
+        warnings.warn(f"programs will be slower, or slower to compile: {error}", stacklevel=3)
         return {}
     return options

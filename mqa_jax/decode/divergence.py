@@ -4,6 +4,7 @@ Array letters: B batch   P prompt length   T answer length   V vocabulary
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mqa_jax.core.devices import product_options
 from mqa_jax.core.quantized import narrowed
 from mqa_jax.decode.batches import Batcher, Prompt
 from mqa_jax.decode.prompts import answer_logits
@@ -77,7 +79,9 @@ def divergences(
     graphs = [graphdef for graphdef, _ in split]
     dtype = jnp.dtype(first.dtype)
 
-    @jax.jit
+    options = product_options([params for _, params in split])
+
+    @functools.partial(jax.jit, compiler_options=options)
     def sums_of(params: list[nnx.State], given: dict[str, Array]) -> dict[str, Array]:
         """`[B]` each, of every model, one behind the other."""
         log_p = [

@@ -27,7 +27,7 @@ from flax import nnx
 from jax import Array, lax
 
 from mqa_jax.core.checks import check_integer
-from mqa_jax.core.devices import loop_options
+from mqa_jax.core.devices import loop_options, product_options
 from mqa_jax.decode.beam import beam_search, expand, reorder
 from mqa_jax.decode.search import greedy
 from mqa_jax.measure.cost import BEAM_SIZE, SEARCHES, Cost
@@ -323,7 +323,7 @@ class _Bench:
             return decoded.tokens, decoded.cache
 
         args = (self.params, self.cache, self.context, self.tokens_B)
-        program = self._compile(decode, *args, donate=1, options=loop_options())
+        program = self._compile(decode, *args, donate=1, options=loop_options(self.params))
 
         def run() -> float:
             cache = _with_length(self.cache, self.context_length - self.steps)
@@ -378,7 +378,7 @@ class _Bench:
             return decoded.tokens, decoded.steps
 
         args = (self.params, cache, self.context, self.tokens_B)
-        program = self._compile(decode, *args, options=loop_options())
+        program = self._compile(decode, *args, options=loop_options(self.params))
         # Every run begins with expanding the caches, which is no part of a step.
         expand_beams = self._compile(functools.partial(expand, beam_size=BEAM_SIZE), cache)
 
@@ -424,11 +424,11 @@ class _Bench:
         function: Callable,
         *args: Any,
         donate: int | None = None,
-        options: dict[str, str] | None = None,
+        options: dict[str, str | bool] | None = None,
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
-        program = jitted.lower(*args).compile(options)
+        program = jitted.lower(*args).compile(options or product_options(self.params))
         self.compile_seconds += time.perf_counter() - start
         return program
 

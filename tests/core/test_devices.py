@@ -26,6 +26,18 @@ def test_a_loop_is_one_cuda_graph_where_there_are_such(kind, flags, is_told, mon
     assert loop.lower(jnp.zeros((), int)).compile(options)(jnp.zeros((), int)) == 10
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "AMD Instinct MI300X", "cpu"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "bfloat16"])
+def test_products_of_float8_are_not_left_to_xla_on_nvidia(kind, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    params = {"norm": jnp.ones(2), "weight": jnp.ones((2, 2), dtype)}
+    is_told = kind.startswith("NVIDIA") and dtype == "float8_e4m3fn"
+    name = "xla_gpu_enable_triton_gemm"
+    for options in (devices.product_options(params), devices.loop_options(params)):
+        assert options.get(name, True) != is_told
+    assert name not in devices.loop_options()
+
+
 @pytest.mark.parametrize(
     ("platform", "kind", "capability", "is_known"),
     [
@@ -44,5 +56,5 @@ def test_devices_that_multiply_float8(platform, kind, capability, is_known):
 
 
 def test_a_name_that_xla_does_not_know_is_left_out_and_told():
-    with pytest.warns(UserWarning, match="before every step: .*'FISSION' is not a valid enum"):
-        assert devices._known("FUSION,FISSION") == {}
+    with pytest.warns(UserWarning, match="slower to compile: .*'FISSION' is not a valid enum"):
+        assert devices._known(devices._CUDA_GRAPHS, "FUSION,FISSION") == {}

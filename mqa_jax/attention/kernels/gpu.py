@@ -207,10 +207,12 @@ def _kernel(
             is_seen_S &= triton.load(mask_ref.at[0, slot_S], mask=is_slot_S, other=False)
         is_seen_RS = is_seen_S[None]
         # A weight of zero does not keep a NaN out of the product: what no row sees is not loaded.
-        value_SH = triton.load(value_values_ref.at[at, :], mask=is_seen_S[:, None], other=0.0)
+        # Eight bits are finite, and so need not wait for the mask.
+        seen_S1, zero = (is_seen_S[:, None], 0.0) if value_scales_ref is None else (mask_S1, other)
+        value_SH = triton.load(value_values_ref.at[at, :], mask=seen_S1, other=zero)
         logits_RS = triton.dot(query_RH, key_SH.astype(query_RH.dtype).T) * scale
         if key_scales_ref is not None:
-            logits_RS *= triton.load(key_scales_ref.at[at], mask=is_seen_S, other=0)[None]
+            logits_RS *= triton.load(key_scales_ref.at[at], mask=is_slot_S, other=0)[None]
         if length > 1:
             query_R = row_R * length // rows
             is_seen_RS &= triton.load(
@@ -230,7 +232,7 @@ def _kernel(
         shrink_R = jnp.exp(largest_R - new_largest_R)
         total_R = total_R * shrink_R + jnp.sum(weights_RS, axis=1)
         if value_scales_ref is not None:
-            scales_S = triton.load(value_scales_ref.at[at], mask=is_seen_S, other=0)
+            scales_S = triton.load(value_scales_ref.at[at], mask=is_slot_S, other=0)
             weights_RS = jnp.where(is_seen_RS, weights_RS * scales_S[None], 0.0)
             value_SH = value_SH.astype(query_RH.dtype)
         added_RH = triton.dot(weights_RS.astype(value_SH.dtype), value_SH)
