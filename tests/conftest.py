@@ -1,5 +1,6 @@
 """Strictness for every test: what JAX would do implicitly is an error here."""
 
+import gc
 import os
 
 # Before jax is imported: eight CPU devices, so that shardings are real. What is compiled here runs
@@ -19,6 +20,13 @@ os.environ.update(CACHED)
 
 import jax
 import pytest
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector all that was imported, at each of its many rounds: tracing makes
+    objects by the million."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,7 +151,7 @@ def test_ring_cache_puts_position_p_into_slot_p_mod_window():
     attention = module(1, window=3)
     x = normal(0, 1, 5, D)
     key = np.einsum("TD,HD->TH", x[0], attention.key[...][0])
-    _, cache = attention.prefill(x, attention.init_cache(1, 5))
+    _, cache = jitted(attention, "prefill")(x, attention.init_cache(1, 5))
     close(cache.key[0, 0], key[[3, 4, 2]])
 
 
@@ -171,7 +172,8 @@ def overflowing():
     """Rows of 3, 2, 3 tokens in caches of 5, and 2, 3, 3 more: row 2 has no room for its sixth."""
     attention = module(3)
     x = normal(0, 3, 6, D)
-    _, cache = attention.prefill(x[:, :3], attention.init_cache(3, 5), np.array([3, 2, 3]))
+    empty = attention.init_cache(3, 5)
+    _, cache = jitted(attention, "prefill")(x[:, :3], empty, np.array([3, 2, 3]))
     return attention, x, cache, np.array([2, 3, 3])
 
 
@@ -234,23 +236,23 @@ def test_beams_over_a_cross_cache_equal_a_tiled_memory(kv_heads, length):
     x, memory = normal(0, batch * beams, length, D), normal(1, batch, S, D)
     mask = np.random.default_rng(2).random((batch, S)) < 0.6
     tiled, tiled_mask = (np.repeat(a, beams, axis=0) for a in (memory, mask))
-    cross = attention.init_cross_cache(memory, mask)
+    call, remember = compiled(attention), compiled(attention, "init_cross_cache")
+    cross = remember(memory, mask)
     output, same = attention.decode(x, cross)
-    close(output, attention(x, tiled, mask=tiled_mask[:, None, None]))
+    close(output, call(x, tiled, mask=tiled_mask[:, None, None]))
     assert same is cross
     poisoned = np.where(mask[..., None], memory, 1e30).astype(np.float32)
-    close(attention.decode(x, attention.init_cross_cache(poisoned, mask))[0], output)
+    close(attention.decode(x, remember(poisoned, mask))[0], output)
     everything = np.ones_like(tiled_mask)[:, None, None]
-    unmasked, _ = attention.decode(x, attention.init_cross_cache(memory))
-    close(unmasked, attention(x, tiled, mask=everything))
+    unmasked, _ = compiled(attention, "decode")(x, remember(memory))
+    close(unmasked, call(x, tiled, mask=everything))
 
 
 def test_a_source_of_padding_alone_gives_zeros():
     attention = module()
     mask = np.arange(2)[:, None] == np.ones((1, S))
-    output, _ = attention.decode(
-        normal(0, 4, 1, D), attention.init_cross_cache(normal(1, 2, S, D), mask)
-    )
+    cross = compiled(attention, "init_cross_cache")(normal(1, 2, S, D), mask)
+    output, _ = compiled(attention, "decode")(normal(0, 4, 1, D), cross)
     np.testing.assert_array_equal(output[:2], np.zeros((2, 1, D)))
     assert np.abs(output[2:]).min() > 0
 
@@ -316,7 +318,7 @@ def test_lanes_hold_what_moved_copies_would(kv_heads, lengths):
     beam, slots, rng = 3, 9, np.random.default_rng(5)
     attention = module(kv_heads)
     cache = attention.init_cache(2, slots)
-    _, cache = attention.prefill(normal(0, 2, 4, D), cache, np.array(lengths))
+    _, cache = jitted(attention, "prefill")(normal(0, 2, 4, D), cache, np.array(lengths))
     lanes = expand(cache, beam)
     copies = jax.tree.map(lambda x: jnp.repeat(x, beam, axis=0), cache)
     for step in range(slots - max(lengths)):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import TOLERANCE, close, normal, random_mask
+from compiled import compiled
 from flax import nnx
 
 import mqa_jax
@@ -95,12 +96,18 @@ def test_a_query_that_is_not_finite_stays_alone():
     query, key, value = normal(0, B, T, N, H), normal(2, B, T, 3, H), normal(3, B, T, 3, H)
     cotangent = normal(1, B, T, N, H).at[:, 4].set(0.0)
     attend = functools.partial(mqa_jax.dot_product_attention, is_causal=True)
-    expected, backward = jax.vjp(attend, query, key, value)
-    output, spoiled_backward = jax.vjp(attend, query.at[:, 4].set(np.nan), key, value)
+
+    @jax.jit
+    def run(*arrays):
+        output, backward = jax.vjp(attend, *arrays)
+        return output, backward(cotangent)
+
+    expected, wanted_gradients = run(query, key, value)
+    output, gradients = run(query.at[:, 4].set(np.nan), key, value)
     others = np.arange(T) != 4
     assert np.isnan(output[:, 4]).all()
     close(output[:, others], expected[:, others], **TOLERANCE["float32"])
-    for actual, wanted in zip(spoiled_backward(cotangent), backward(cotangent), strict=True):
+    for actual, wanted in zip(gradients, wanted_gradients, strict=True):
         close(actual, wanted, **TOLERANCE["float32"])
 
 
@@ -194,7 +201,7 @@ def test_padding_of_a_prompt(kv_heads, window, bad):
 def test_slots_of_a_cache_that_hold_no_token(kv_heads, slots, dtype, bad):
     attention, lengths = module(kv_heads, dtype=dtype), np.array([3, 0, 4])
     x = normal(2, 3, T, D, dtype=dtype)
-    _, clean = attention.prefill(x[:, :4], attention.init_cache(3, slots), lengths)
+    _, clean = compiled(attention, "prefill")(x[:, :4], attention.init_cache(3, slots), lengths)
     is_empty = np.arange(slots)[None] >= lengths[:, None]
     dirty = dataclasses.replace(
         clean,
@@ -229,7 +236,7 @@ def test_slots_of_a_cache_that_hold_no_token(kv_heads, slots, dtype, bad):
 )
 def test_empty_slots_of_a_ring(kv_heads, bad):
     attention, x = module(kv_heads, window=4), normal(2, 2, T, D)
-    clean = attention.init_cache(2, T)
+    prefill, clean = compiled(attention, "prefill"), attention.init_cache(2, T)
     dirty = dataclasses.replace(
         clean, key=jnp.full_like(clean.key, bad), value=jnp.full_like(clean.value, bad)
     )
@@ -239,7 +246,7 @@ def test_empty_slots_of_a_ring(kv_heads, bad):
             start = 0
             outputs.append([])
             for length in step:
-                output, cache = attention.prefill(x[:, start : start + length], cache)
+                output, cache = prefill(x[:, start : start + length], cache)
                 outputs[-1].append(output)
                 start += length
         close(*(jnp.concatenate(each, axis=1) for each in outputs), **TOLERANCE["float32"])
@@ -258,11 +265,12 @@ def test_a_memory_where_its_mask_is_false(beams, kv_heads, bad):
     attention, mask = module(kv_heads), np.arange(S)[None] < np.array([[4], [9]])
     x, memory = normal(0, B * beams, 1, D), normal(1, B, S, D)
 
+    @jax.jit
     def run(attention, memory, mask):
         return attention.decode(x, attention.init_cross_cache(memory, mask))[0]
 
     poisoned = jnp.where(mask[..., None], memory, bad)
-    grad = nnx.grad(lambda attention, memory, mask: run(attention, memory, mask).sum())
+    grad = jax.jit(nnx.grad(lambda attention, memory, mask: run(attention, memory, mask).sum()))
     np.testing.assert_array_equal(
         run(attention, poisoned, mask), expected := run(attention, memory, mask)
     )
@@ -279,18 +287,19 @@ def test_a_memory_where_its_mask_is_false(beams, kv_heads, bad):
             for name, weight in dict(key=attention.key, value=attention.value).items()
         },
     )
-    close(attention.decode(x, by_hand)[0], expected, **TOLERANCE["float32"])
+    close(compiled(attention, "decode")(x, by_hand)[0], expected, **TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(("kv_heads", "bad"), [(3, np.nan), (1, np.inf)])
 def test_lanes_of_other_hypotheses_and_slots_behind_the_last(kv_heads, bad):
     attention, beam = module(kv_heads), 3
-    _, cache = attention.prefill(normal(0, 2, 4, D), attention.init_cache(2, 6), [4, 2])
+    prefill, decode = compiled(attention, "prefill"), compiled(attention, "decode")
+    _, cache = prefill(normal(0, 2, 4, D), attention.init_cache(2, 6), np.array([4, 2]))
     x = normal(1, 2 * beam, 1, D)
     (clean, lanes), (_, other) = (
-        attention.decode(x.at[1].set(value), cache.expand(beam)) for value in (x[1], bad)
+        decode(x.at[1].set(value), cache.expand(beam)) for value in (x[1], bad)
     )
-    dirty, _ = attention.decode(x.at[1].set(bad), cache.expand(beam))
+    dirty, _ = decode(x.at[1].set(bad), cache.expand(beam))
     mine = np.arange(2 * beam) != 1
     close(dirty[mine], clean[mine], **TOLERANCE["float32"])
     assert not np.isfinite(dirty[1]).any()
@@ -304,11 +313,11 @@ def test_lanes_of_other_hypotheses_and_slots_behind_the_last(kv_heads, bad):
         },
     )
     x = normal(2, 2 * beam, 1, D)
-    expected, _ = attention.decode(x, lanes)
-    actual, _ = attention.decode(x, other)
+    expected, _ = decode(x, lanes)
+    actual, _ = decode(x, other)
     close(actual[mine], expected[mine], **TOLERANCE["float32"])
     assert not np.isfinite(actual[1]).any()
     # Hypothesis 1 dies, and its lane with it.
     parents = jnp.array([[0, 2, 2], [0, 1, 2]])
-    outputs = [attention.decode(x, each.reorder(parents))[0] for each in (other, lanes)]
+    outputs = [decode(x, each.reorder(parents))[0] for each in (other, lanes)]
     close(*outputs, **TOLERANCE["float32"])

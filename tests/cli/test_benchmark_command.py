@@ -71,7 +71,7 @@ def test_what_fits_is_told_and_nothing_measured(tmp_path, monkeypatch, capsys):
         assert f"--memory must be such as 16GB or 80GiB, or device, not '{text}'" in (
             capsys.readouterr().err
         )
-    assert main([*args, "--memory=device"]) == 0
+    assert main([*args, "--variants=multi_query", "--quantize=none", "--memory=device"]) == 0
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -484,13 +485,13 @@ def test_prompts_padded_on_the_left(model_type):
         np.testing.assert_array_equal(vectors, np.stack([right_BP, -right_BP], axis=2))
     if model_type is DecoderOnly:
         index_BP = np.arange(6)[None] - (6 - lengths_B)[:, None]
-        logits_BPV = model(
+        logits_BPV = compiled(model)(
             left_BP,
             segment_ids=(index_BP >= 0).astype(np.int32),
             positions=np.maximum(index_BP, 0),
         )
         for row, logits_PV in zip(rows, logits_BPV, strict=True):
-            alone = model(np.array([row]))[0]
+            alone = compiled(model)(np.array([row]))[0]
             np.testing.assert_allclose(logits_PV[-len(row) :], alone, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"lengths_B\[1\] .*7"):
         left_aligned(left_BP, np.array([4, 7, 6]))

@@ -119,6 +119,8 @@ def run_commands(guide, directory):
     commands = re.sub(r"(train\.\w+_steps)=\d+", r"\1=2", commands)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = ENVIRONMENT | {"PATH": path, "JAX_PLATFORMS": "cpu"}
+    # One device, as a user has it, and of LLVM's optimizations none, as in `running.command`.
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     result = subprocess.run(
         ["bash", "-c", commands],
         cwd=directory,

@@ -70,6 +70,8 @@ def test_a_second_interrupt_kills_at_once(project):
         for _ in range(100):
             killed.send(signal.SIGINT)
             time.sleep(0.1)
+            if killed.processes[0].poll() is not None:
+                break
         assert killed.processes[0].poll() == -signal.SIGINT, killed.output()
 
 

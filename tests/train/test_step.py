@@ -152,21 +152,26 @@ def test_distillation_is_a_share_of_how_far_the_teacher_is(task, r_drop):
     batch = make_batch([[pair] for pair in sentences((3, 4), (2, 5), (3, 4))], 7, 5)
     key, targets_BT = jax.random.key(3), batch["target_tokens"]
 
-    def log_p(model, params, batch, rngs=None):
-        logits = apply(nnx.merge(nnx.graphdef(model), params), batch, rngs)
+    @jax.jit
+    def logits_of(model, batch, key):
+        return apply(model, batch, None if key is None else nnx.Rngs(dropout=key))
+
+    def log_p(model, params, batch, key=None):
+        logits = logits_of(nnx.merge(nnx.graphdef(model), params), batch, key)
         logits = np.asarray(logits, np.float64)
         return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
     wanted = log_p(structure, wise.params, batch)
-    own = token_losses(nnx.merge(nnx.graphdef(model), state.params), batch, key, r_drop=r_drop)
+    losses = jax.jit(token_losses, static_argnames=("r_drop", "distillation"))
+    own = losses(nnx.merge(nnx.graphdef(model), state.params), batch, key, r_drop=r_drop)
     readings = 2 if r_drop else 1
     again = jax.tree.map(lambda x, n=readings: np.repeat(x, n, axis=0), batch)
-    found = log_p(model, state.params, again, nnx.Rngs(dropout=key))
+    found = log_p(model, state.params, again, key)
     wanted_each = np.repeat(wanted, readings, axis=0)
     far_BT = np.sum(np.exp(wanted_each) * (wanted_each - found), axis=-1)
     far_BT = np.mean(far_BT.reshape(-1, readings, *far_BT.shape[1:]), axis=1)
     assert np.min(far_BT[targets_BT > 0]) > 0.01
-    taught = token_losses(
+    taught = losses(
         nnx.merge(nnx.graphdef(model), state.params),
         batch,
         key,
