@@ -335,9 +335,10 @@ def _values_and_scales(x: Held) -> tuple[Array, Array | None]:
 
 
 def _is_sum(rows: int, cache_BKSH: Array) -> bool:
-    # The product of a long float32 cache is worth its start: it reads 20 GB/s, the sum 12.
+    # The product of a long float32 cache is worth its start: it reads 20 GB/s, the sum 12. And for
+    # a sum of eight bits a TPU's compiler writes them widened.
     is_long = cache_BKSH.dtype == jnp.float32 and cache_BKSH.shape[2] >= 256
-    return rows == 1 and not is_long
+    return rows == 1 and not is_long and cache_BKSH.dtype not in LARGEST
 
 
 def _query_key(query_BKRH: Array, key_BKSH: Array) -> Array:
@@ -347,7 +348,7 @@ def _query_key(query_BKRH: Array, key_BKSH: Array) -> Array:
         product_BKSH = key_BKSH.astype(jnp.float32) * query_BKRH.astype(jnp.float32)
         return jnp.sum(product_BKSH, axis=3)[:, :, None]
     if key_BKSH.dtype in LARGEST:
-        key_BKSH = key_BKSH.astype(query_BKRH.dtype)
+        return jnp.swapaxes(_widened("...SH,...RH->...SR", key_BKSH, query_BKRH), 2, 3)
     query_BKRH = query_BKRH.astype(key_BKSH.dtype)
     if query_BKRH.shape[:2] == (1, 1) and key_BKSH.dtype != jnp.float32:
         # Else XLA on a CPU may fold the transposes of two projections into this product, late, and
@@ -370,7 +371,8 @@ def _weights_value(
         return jnp.sum(product_BKSH, axis=2, keepdims=True)
     if is_seen_BKS is not None:
         value_BKSH = jnp.where(is_seen_BKS[..., None], value_BKSH, jnp.zeros((), value_BKSH.dtype))
-    value_BKSH = value_BKSH.astype(weights_BKRS.dtype)  # Of eight bits.
+    if value_BKSH.dtype in LARGEST:
+        return _widened("...SH,...RS->...RH", value_BKSH, weights_BKRS)
     output_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, value_BKSH)
     if rows <= FEW_ROWS:
         # Else XLA transposes the product, not its output, which is five times as slow on a CPU.
@@ -414,6 +416,20 @@ def _weights_seen_value(weights_BKGTS: Array, value_BKSH: Array, mask_BKGTS: Arr
     if sees_alike:
         return lax.platform_dependent(*arguments, cpu=checked, default=hidden)
     return lax.platform_dependent(*arguments, cpu=checked, tpu=checked, default=hidden)
+
+
+def _widened(product: str, cache_BKSH: Array, rows_BKR: Array) -> Array:
+    """A product with eight bits, in float32. XLA on a CPU writes what it widens to memory: of one
+    batch element after the other that stays in the processor's caches."""
+
+    def wide(cache_BKSH: Array, rows_BKR: Array) -> Array:
+        cache_BKSH = cache_BKSH.astype(rows_BKR.dtype)
+        return jnp.einsum(product, cache_BKSH, rows_BKR, preferred_element_type=jnp.float32)
+
+    if rows_BKR.shape[0] == 1 or rows_BKR.shape[2] > FEW_ROWS:
+        return wide(cache_BKSH, rows_BKR)
+    each = lambda *arrays: lax.map(lambda both: wide(*both), arrays)  # noqa: E731
+    return lax.platform_dependent(cache_BKSH, rows_BKR, cpu=each, default=wide)
 
 
 def heads_first(x_BSKH: Array) -> Array:
