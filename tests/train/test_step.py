@@ -4,6 +4,7 @@ B batch   S source length   T target length   V vocabulary
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -119,14 +120,15 @@ def test_r_drop_is_two_readings_and_what_they_disagree_about(task):
     batch = make_batch([[pair] for pair in sentences((3, 4), (2, 5), (3, 4))], 7, 5)
     key, targets_BT = jax.random.key(3), batch["target_tokens"]
     twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
-    logits = np.asarray(apply(model, twice, nnx.Rngs(dropout=key)), np.float64)
+    both = jax.jit(lambda model, twice: apply(model, twice, nnx.Rngs(dropout=key)))
+    logits = np.asarray(both(model, twice), np.float64)
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     first, second = log_p[::2], log_p[1::2]
     nll_BT = -np.take_along_axis((first + second) / 2, targets_BT[..., None], axis=-1)[..., 0]
     divergences_BT = sum(
         np.sum(np.exp(p) * (p - q), axis=-1) for p, q in ((first, second), (second, first))
     )
-    found = token_losses(model, batch, key, r_drop=5.0)
+    found = jax.jit(functools.partial(token_losses, r_drop=5.0))(model, batch, key)
     assert float(np.max(divergences_BT)) > 0.01
     close(found[0], (2 * nll_BT + 5.0 * divergences_BT / 2) / 2, rtol=1e-4)
     close(found[1], nll_BT, rtol=1e-5)
