@@ -20,11 +20,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from mqa_jax.attention.masks import causal_mask, check_bias, check_mask, check_window
+from mqa_jax.attention.products import query_key, weights_value
 from mqa_jax.core.arrays import as_floats
 from mqa_jax.core.checks import check_number
 from mqa_jax.core.explicit import automatic, spec
-from mqa_jax.core.linear import FEW_ROWS
-from mqa_jax.core.quantized import LARGEST, Held, Quantized
+from mqa_jax.core.quantized import Held, Quantized
 
 # Queries of longer sequences are taken block by block, so that memory grows with the length and
 # not with its square.
@@ -300,7 +300,7 @@ def _attend_block(
     query_BKRH = query_BKGTH.reshape(batch, num_kv_heads, -1, head_dim)
     key_BKSH, key_scales_BKS = _values_and_scales(key_BKSH)
     value_BKSH, value_scales_BKS = _values_and_scales(value_BKSH)
-    product_BKRS = _query_key(query_BKRH, key_BKSH)
+    product_BKRS = query_key(query_BKRH, key_BKSH)
     if key_scales_BKS is not None:
         product_BKRS *= key_scales_BKS[:, :, None]
     product_BKGTS = product_BKRS.reshape(*query_BKGTH.shape[:4], -1)
@@ -322,7 +322,7 @@ def _attend_block(
     # Of eight bits the numbers are finite, and what hides a scale is the mask, above.
     if hides_finite or mask is None or value_scales_BKS is not None:
         weights_BKRS = weights_BKGTS.reshape(*query_BKRH.shape[:3], -1)
-        output_BKRH = _weights_value(weights_BKRS, value_BKSH)
+        output_BKRH = weights_value(weights_BKRS, value_BKSH)
     else:
         output_BKRH = _weights_seen_value(weights_BKGTS, value_BKSH, mask)
     output_BKGTH = output_BKRH.reshape(query_BKGTH.shape)
@@ -332,52 +332,6 @@ def _attend_block(
 
 def _values_and_scales(x: Held) -> tuple[Array, Array | None]:
     return (x.values, x.scales) if isinstance(x, Quantized) else (x, None)
-
-
-def _is_sum(rows: int, cache_BKSH: Array) -> bool:
-    # The product of a long float32 cache is worth its start: it reads 20 GB/s, the sum 12. And for
-    # a sum of eight bits a TPU's compiler writes them widened.
-    is_long = cache_BKSH.dtype == jnp.float32 and cache_BKSH.shape[2] >= 256
-    return rows == 1 and not is_long and cache_BKSH.dtype not in LARGEST
-
-
-def _query_key(query_BKRH: Array, key_BKSH: Array) -> Array:
-    """`[B, K, R, S]`, float32."""
-    if _is_sum(query_BKRH.shape[2], key_BKSH):
-        query_BKRH, key_BKSH = lax.optimization_barrier((query_BKRH, key_BKSH))
-        product_BKSH = key_BKSH.astype(jnp.float32) * query_BKRH.astype(jnp.float32)
-        return jnp.sum(product_BKSH, axis=3)[:, :, None]
-    if key_BKSH.dtype in LARGEST:
-        return jnp.swapaxes(_widened("...SH,...RH->...SR", key_BKSH, query_BKRH), 2, 3)
-    query_BKRH = query_BKRH.astype(key_BKSH.dtype)
-    if query_BKRH.shape[:2] == (1, 1) and key_BKSH.dtype != jnp.float32:
-        # Else XLA on a CPU may fold the transposes of two projections into this product, late, and
-        # then finds that it has no such product of bfloat16.
-        query_BKRH, key_BKSH = lax.optimization_barrier((query_BKRH, key_BKSH))
-    return jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)
-
-
-def _weights_value(
-    weights_BKRS: Array, value_BKSH: Array, is_seen_BKS: Array | None = None
-) -> Array:
-    """`[B, K, R, H]`; of values that are not seen nothing is known where `is_seen_BKS` is given."""
-    rows = weights_BKRS.shape[2]
-    if _is_sum(rows, value_BKSH):
-        weights_BKRS, value_BKSH = lax.optimization_barrier((weights_BKRS, value_BKSH))
-        weights_BKS1 = weights_BKRS[:, :, 0, :, None].astype(jnp.float32)
-        product_BKSH = value_BKSH.astype(jnp.float32) * weights_BKS1
-        if is_seen_BKS is not None:
-            product_BKSH = jnp.where(is_seen_BKS[..., None], product_BKSH, 0.0)
-        return jnp.sum(product_BKSH, axis=2, keepdims=True)
-    if is_seen_BKS is not None:
-        value_BKSH = jnp.where(is_seen_BKS[..., None], value_BKSH, jnp.zeros((), value_BKSH.dtype))
-    if value_BKSH.dtype in LARGEST:
-        return _widened("...SH,...RS->...RH", value_BKSH, weights_BKRS)
-    output_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, value_BKSH)
-    if rows <= FEW_ROWS:
-        # Else XLA transposes the product, not its output, which is five times as slow on a CPU.
-        output_BKRH = lax.optimization_barrier(output_BKRH)
-    return output_BKRH
 
 
 @jax.jit
@@ -395,14 +349,14 @@ def _weights_seen_value(weights_BKGTS: Array, value_BKSH: Array, mask_BKGTS: Arr
 
     def hidden(weights_BKRS: Array, value_BKSH: Array, mask_BKGTS: Array) -> Array:
         if sees_alike or weights_BKRS.shape[2] == 1:
-            return _weights_value(weights_BKRS, value_BKSH, mask_BKGTS[:, :, 0, 0])
+            return weights_value(weights_BKRS, value_BKSH, mask_BKGTS[:, :, 0, 0])
         value_BKSH, is_bad_BKS = finite(value_BKSH)
         sees_bad_BKGT = jnp.broadcast_to(_sees(mask_BKGTS, is_bad_BKS), weights_BKGTS.shape[:4])
-        output_BKRH = _weights_value(weights_BKRS, value_BKSH)
+        output_BKRH = weights_value(weights_BKRS, value_BKSH)
         return spoil(output_BKRH, sees_bad_BKGT.reshape(output_BKRH.shape[:3]))
 
     def checked(weights_BKRS: Array, value_BKSH: Array, mask_BKGTS: Array) -> Array:
-        output_BKRH = _weights_value(weights_BKRS, value_BKSH)
+        output_BKRH = weights_value(weights_BKRS, value_BKSH)
         return lax.cond(
             jnp.all(jnp.isfinite(output_BKRH)),
             lambda *_: output_BKRH,
@@ -416,20 +370,6 @@ def _weights_seen_value(weights_BKGTS: Array, value_BKSH: Array, mask_BKGTS: Arr
     if sees_alike:
         return lax.platform_dependent(*arguments, cpu=checked, default=hidden)
     return lax.platform_dependent(*arguments, cpu=checked, tpu=checked, default=hidden)
-
-
-def _widened(product: str, cache_BKSH: Array, rows_BKR: Array) -> Array:
-    """A product with eight bits, in float32. XLA on a CPU writes what it widens to memory: of one
-    batch element after the other that stays in the processor's caches."""
-
-    def wide(cache_BKSH: Array, rows_BKR: Array) -> Array:
-        cache_BKSH = cache_BKSH.astype(rows_BKR.dtype)
-        return jnp.einsum(product, cache_BKSH, rows_BKR, preferred_element_type=jnp.float32)
-
-    if rows_BKR.shape[0] == 1 or rows_BKR.shape[2] > FEW_ROWS:
-        return wide(cache_BKSH, rows_BKR)
-    each = lambda *arrays: lax.map(lambda both: wide(*both), arrays)  # noqa: E731
-    return lax.platform_dependent(cache_BKSH, rows_BKR, cpu=each, default=wide)
 
 
 def heads_first(x_BSKH: Array) -> Array:
