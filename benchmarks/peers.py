@@ -33,7 +33,9 @@ from turns import WORKER, Run, print_table, read_bandwidth, record, summary, tak
 CONTESTANTS = {
     "ours": (
         *("multi_head float32", "multi_head bfloat16", "multi_head float32 int8"),
+        "multi_head float32 int8 int8-caches",
         *("multi_query float32", "multi_query bfloat16", "multi_query float32 int8"),
+        "multi_query float32 int8 int8-caches",
     ),
     "transformers": ("multi_head float32", "multi_head bfloat16"),
     "ctranslate2": ("multi_head float32", "multi_head float32 int8"),
@@ -42,7 +44,9 @@ CONTESTANTS = {
 ONLY = flags.DEFINE_list("contestants", list(CONTESTANTS), "Who takes part.")
 VARIANTS = flags.DEFINE_list("variants", ["multi_head", "multi_query"], "Of the contestants.")
 PRECISIONS = flags.DEFINE_list(
-    "precisions", ["float32", "bfloat16", "float32 int8"], "Of the contestants."
+    "precisions",
+    ["float32", "bfloat16", "float32 int8", "float32 int8 int8-caches"],
+    "Of the contestants.",
 )
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "For greedy decoding.")
 BEAM_BATCH_SIZES = flags.DEFINE_list("beam_batch_sizes", ["1", "8"], "For a beam of 4.")
