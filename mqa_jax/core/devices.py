@@ -61,7 +61,7 @@ def product_options(params: Any) -> dict[str, str | bool]:
     """Compiler options for a program with these weights.
 
     For products of float8 XLA on NVIDIA GPUs tries kernels of its own, of which a vocabulary's
-    takes a minute and more to compile, and is slower than cuBLAS's, which is then all that is left.
+    takes a minute and more to compile. Without them cuBLAS's are left.
     """
     has_fp8 = any(x.dtype == FP8 for x in jax.tree.leaves(params))
     return _known("xla_gpu_enable_triton_gemm", False) if has_fp8 and _is_nvidia() else {}
