@@ -28,7 +28,7 @@ def ours(
 
     from mqa_jax import EncoderDecoder, TransformerConfig, beam_search, greedy
     from mqa_jax.convert import quantize
-    from mqa_jax.core.devices import loop_options
+    from mqa_jax.core.devices import loop_options, product_options
     from mqa_jax.measure.cost import Precision
 
     of = Precision.of(precision)
@@ -50,7 +50,10 @@ def ours(
     graphdef, params = nnx.split(model)
 
     def prepare(batch: int, beam_size: int) -> Run:
-        encode = jax.jit(lambda params, ids: nnx.merge(graphdef, params).init_cross_cache(ids))
+        encode = jax.jit(
+            lambda params, ids: nnx.merge(graphdef, params).init_cross_cache(ids),
+            compiler_options=product_options(params),
+        )
         cross = encode(params, jnp.full((batch, context), 7))
 
         def decode(params, cache, cross, tokens_B):

@@ -134,12 +134,12 @@ def rounded(x: Array, num_inputs: int, dtype: DTypeLike) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - num_inputs, x.ndim))
     most = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
-    most = jnp.where(most > SMALLEST, most, jnp.where(jnp.isnan(most), most, 0.0))
-    scaled = x * jnp.where(most > 0, LARGEST[dtype] / most, 0.0)
+    most = jnp.maximum(most, SMALLEST)
+    scaled = x * (LARGEST[dtype] / most)
     if dtype == INT8:
         scaled = jnp.round(scaled)
     # Of a row that is not finite the scale tells.
-    return jnp.where(jnp.isfinite(most), scaled, 0.0).astype(dtype), most / LARGEST[dtype]
+    return jnp.where(jnp.isnan(scaled), 0.0, scaled).astype(dtype), most / LARGEST[dtype]
 
 
 def held(x: Array, dtype: DTypeLike) -> Held:
