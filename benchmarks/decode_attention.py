@@ -125,7 +125,7 @@ def main(_) -> None:
                     candidates[name] = functools.partial(
                         lambda query, key, value, end, **options: flash_decode(
                             query, key, value, end_B=end, scale=H**-0.5, **options
-                        ),
+                        )[0],
                         splits=splits,
                         block=block,
                         num_warps=warps,

@@ -67,7 +67,7 @@ def ours(
         program = jax.jit(
             decode,
             donate_argnums=1 if beam_size == 1 else (),
-            compiler_options=loop_options(params),
+            compiler_options=loop_options(params, batch * beam_size),
         )
         tokens_B = jnp.full(batch, 5)
         cache = model.init_cache(batch, context + STEPS)

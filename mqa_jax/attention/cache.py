@@ -42,15 +42,13 @@ class KVCache:
     value: Held
     length: Array
 
-    def append(
-        self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
-    ) -> tuple["KVCache", Held, Held, Array, Array]:
-        """Writes the first `lengths_B[b]` of `T` tokens of row `b` behind those it holds.
+    def place(self, added: int, lengths_B: Array) -> tuple[Array, "KVCache", Array]:
+        """Where the first `lengths_B[b]` of `added` tokens of row `b` go: behind those it holds.
 
         Returns:
-          the new cache; the keys and values to attend to, `[B, K, S, H]`; the position of each of
-          them, `[B, S]`; and bool `[B]`, the rows that had no room for all of theirs, or hold
-          `LOST` tokens.
+          the slot of each, `[B, T]`, that past the end for those that are none, and `LOST` in rows
+          that had no room for all of theirs, or hold `LOST` tokens; the cache when it holds them,
+          but for their keys and values; and the position of each of its slots, `[B, S]`.
 
         Raises:
           ValueError: a row has no room for its tokens. Under `jax.jit` lengths are not known, so
@@ -58,7 +56,6 @@ class KVCache:
         """
         capacity = self.key.shape[2]
         new_length_B = self.length + lengths_B
-        added = key_BTKH.shape[1]
         is_known = not isinstance(new_length_B, jax.core.Tracer)
         if is_known and jnp.max(new_length_B, initial=0) > capacity:
             row = int(jnp.argmax(new_length_B))
@@ -70,10 +67,27 @@ class KVCache:
         slot_BT = jnp.where(
             offset_BT < lengths_B[:, None], self.length[:, None] + offset_BT, capacity
         )
-        cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
-        position_BS = jnp.arange(capacity)[None]
         is_lost_B = (self.length < 0) | (new_length_B > capacity)
-        return cache, cache.key, cache.value, position_BS, is_lost_B
+        slot_BT = jnp.where(is_lost_B[:, None], LOST, slot_BT)
+        position_BS = jnp.arange(capacity)[None]
+        return slot_BT, dataclasses.replace(self, length=new_length_B), position_BS
+
+    def append(
+        self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
+    ) -> tuple["KVCache", tuple[Held, Held], Array, Array]:
+        """Writes tokens to their places.
+
+        Returns:
+          the new cache; the keys and values to attend to, `[B, K, S, H]`; the position of each of
+          them, `[B, S]`; and bool `[B]`, the rows that are lost.
+
+        Raises:
+          ValueError: as `place`.
+        """
+        slot_BT, cache, position_BS = self.place(key_BTKH.shape[1], lengths_B)
+        key, value = put((self.key, self.value), slot_BT, (key_BTKH, value_BTKH))
+        cache = dataclasses.replace(cache, key=key, value=value)
+        return cache, (key, value), position_BS, slot_BT[:, 0] < 0
 
     @automatic(lambda self, **_: _beam_spec(self))
     def expand(self, beam_size: int) -> "BeamCache":
@@ -189,22 +203,26 @@ class RingCache:
     value: Held
     length: Array
 
-    def append(
-        self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
-    ) -> tuple["RingCache", Held, Held, Array, Array]:
-        """As `KVCache.append`; there is always room, since the oldest tokens make way."""
+    def place(self, added: int, lengths_B: Array) -> tuple[Array, "RingCache", Array]:
+        """As `KVCache.place`; there is always room, since the oldest tokens make way."""
         window = self.key.shape[2]
         new_length_B = self.length + lengths_B
-        offset_BT = jnp.arange(key_BTKH.shape[1])[None]
+        offset_BT = jnp.arange(added)[None]
         position_BT = self.length[:, None] + offset_BT
         is_token_BT = offset_BT < lengths_B[:, None]
         is_last_BT = position_BT >= new_length_B[:, None] - window
         slot_BT = jnp.where(is_token_BT & is_last_BT, position_BT % window, window)
-        cache = _write(self, key_BTKH, value_BTKH, slot_BT, new_length_B)
-        is_lost_B = self.length < 0
-        if key_BTKH.shape[1] == 1:
-            return cache, cache.key, cache.value, cache._positions(), is_lost_B
-        # The first of several queries still see tokens that the last of them push out.
+        slot_BT = jnp.where(self.length[:, None] < 0, LOST, slot_BT)
+        cache = dataclasses.replace(self, length=new_length_B)
+        return slot_BT, cache, cache._positions()
+
+    def append(
+        self, key_BTKH: Array, value_BTKH: Array, lengths_B: Array
+    ) -> tuple["RingCache", tuple[Held, Held], Array, Array]:
+        """As `KVCache.append`, but what to attend to are `W + T`: the first of several queries
+        still see tokens that the last of them push out."""
+        slot_BT, cache, _ = self.place(key_BTKH.shape[1], lengths_B)
+        key, value = put((self.key, self.value), slot_BT, (key_BTKH, value_BTKH))
         key_BKSH, value_BKSH = (
             jax.tree.map(
                 lambda old, new: jnp.concatenate([old, new], axis=2),
@@ -213,10 +231,13 @@ class RingCache:
             )
             for buffer, new in ((self.key, key_BTKH), (self.value, value_BTKH))
         )
-        position_BS = jnp.concatenate(
-            [self._positions(), jnp.where(is_token_BT, position_BT, -1)], axis=1
+        offset_BT = jnp.arange(key_BTKH.shape[1])[None]
+        position_BT = jnp.where(
+            offset_BT < lengths_B[:, None], self.length[:, None] + offset_BT, -1
         )
-        return cache, key_BKSH, value_BKSH, position_BS, is_lost_B
+        position_BS = jnp.concatenate([self._positions(), position_BT], axis=1)
+        cache = dataclasses.replace(cache, key=key, value=value)
+        return cache, (key_BKSH, value_BKSH), position_BS, slot_BT[:, 0] < 0
 
     def _positions(self) -> Array:
         """`[B, W]`: the position of the token in each slot, negative where there is none yet."""
@@ -241,13 +262,12 @@ class CrossCache:
     mask: Array
 
 
-def _write[Cache: (KVCache, RingCache)](
-    cache: Cache, key_BTKH: Array, value_BTKH: Array, slot_BT: Array, length_B: Array
-) -> Cache:
-    """`cache` with tokens put into their slots; a slot past the end means: do not write."""
+def put(buffers: tuple[Held, Held], slot_BT: Array, new: tuple[Array, Array]) -> tuple[Held, Held]:
+    """Keys and values `[B, K, S, H]` with new ones `[B, T, K, H]` in their slots; a slot past the
+    end, or `LOST`, means: do not write."""
     at = jnp.arange(slot_BT.shape[0])[:, None], slice(None), slot_BT
-    key, value = _put(cache.key, at, key_BTKH), _put(cache.value, at, value_BTKH)
-    return type(cache)(key, value, length_B)
+    key, value = (_put(buffer, at, x) for buffer, x in zip(buffers, new, strict=True))
+    return key, value
 
 
 def _put(buffer: Held, at: tuple, new: Array) -> Held:

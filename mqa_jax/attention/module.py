@@ -25,7 +25,7 @@ from mqa_jax.attention.cache import (
     check_cache_dtype,
     empty,
 )
-from mqa_jax.attention.cached import attend_to_cache
+from mqa_jax.attention.cached import append_and_attend, attend_to_cache
 from mqa_jax.attention.functional import attend_finite, attend_seen, finite, heads_first, spoil
 from mqa_jax.attention.masks import causal_mask, check_bias, check_lengths, check_mask
 from mqa_jax.attention.positions import BiasFunction
@@ -274,20 +274,28 @@ class Attention(Projections):
         query_positions_BT = cache.length[:, None] + jnp.arange(length)[None]
         query_BTNH = self.project_query(x_BTD, query_positions_BT)
         key_BTKH, value_BTKH = self.project_key_value(x_BTD, query_positions_BT)
-        new_cache, key_BKSH, value_BKSH, key_positions_BS, is_lost_B = cache.append(
-            key_BTKH, value_BTKH, lengths_B
-        )
+        if length == 1:
+            slot_BT, new_cache, key_positions_BS = cache.place(length, lengths_B)
+            held = cache.key, cache.value
+        else:
+            new_cache, held, key_positions_BS, is_lost_B = cache.append(
+                key_BTKH, value_BTKH, lengths_B
+            )
         mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
-        slots = key_BKSH.shape[2]
-        # A token that comes alone sees all that is held; of a ring, all that is not overwritten.
-        sees_all = length == 1 and self.window in (None, slots)
-        end_B = jnp.minimum(new_cache.length, slots) if sees_all else None
+        slots = held[0].shape[2]
         shape_BNTS = batch, query_BTNH.shape[2], length, slots
-        added = _bias(bias, query_positions_BT, key_positions_BS, shape_BNTS)
-        output_BTNH = attend_to_cache(
-            query_BTNH, key_BKSH, value_BKSH, mask, end_B, self._logits(added)
-        )
-        output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
+        logits = self._logits(_bias(bias, query_positions_BT, key_positions_BS, shape_BNTS))
+        if length == 1:
+            # A token that comes alone sees all that is held; of a ring, what is not overwritten.
+            sees_all = self.window in (None, slots)
+            end_B = jnp.minimum(new_cache.length, slots) if sees_all else None
+            output_BTNH, (key_BKSH, value_BKSH) = append_and_attend(
+                query_BTNH, held, (key_BTKH, value_BTKH), slot_BT, mask, end_B, logits
+            )
+            new_cache = dataclasses.replace(new_cache, key=key_BKSH, value=value_BKSH)
+        else:
+            output_BTNH = attend_to_cache(query_BTNH, *held, mask, logits=logits)
+            output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
         return self.project_output(output_BTNH), cast(AnySelfCache, new_cache)
 
     def _decode_beams(

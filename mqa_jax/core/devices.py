@@ -26,6 +26,11 @@ PEAK_TFLOP_PER_S = {
 }
 
 _CUDA_GRAPHS = "xla_gpu_enable_command_buffer"
+_OWN_PRODUCTS = "xla_gpu_enable_triton_gemm"  # XLA's, in place of cuBLAS's.
+
+# From here on cuBLAS's products are the faster ones in a step, as they add the residual, too: XLA
+# chooses its own by timing each product without what is behind it.
+MANY_ROWS = 64
 
 
 def multiplies_fp8(device: jax.Device) -> bool:
@@ -39,7 +44,7 @@ def multiplies_fp8(device: jax.Device) -> bool:
     return device.device_kind == "TPU7x"
 
 
-def loop_options(params: Any = ()) -> dict[str, str | bool]:
+def loop_options(params: Any = (), rows: int = 1) -> dict[str, str | bool]:
     """Compiler options for a loop whose end the device decides: `lowered.compile(loop_options())`.
 
     On NVIDIA GPUs the whole loop becomes one CUDA graph. As XLA would have it, each turn is one;
@@ -49,8 +54,11 @@ def loop_options(params: Any = ()) -> dict[str, str | bool]:
 
     Args:
       params: the weights that the loop is given, for `product_options`.
+      rows: of a step, all that are multiplied with the weights together.
     """
     options = product_options(params)
+    if rows >= MANY_ROWS and _is_nvidia():
+        options |= _known(_OWN_PRODUCTS, False)
     if not _is_nvidia() or _CUDA_GRAPHS in os.environ.get("XLA_FLAGS", ""):
         return options
     kinds = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
@@ -64,7 +72,7 @@ def product_options(params: Any) -> dict[str, str | bool]:
     takes a minute and more to compile. Without them cuBLAS's are left.
     """
     has_fp8 = any(x.dtype == FP8 for x in jax.tree.leaves(params))
-    return _known("xla_gpu_enable_triton_gemm", False) if has_fp8 and _is_nvidia() else {}
+    return _known(_OWN_PRODUCTS, False) if has_fp8 and _is_nvidia() else {}
 
 
 def _is_nvidia() -> bool:

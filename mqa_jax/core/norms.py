@@ -3,6 +3,8 @@
 Array letters: D features
 """
 
+from typing import cast
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -52,7 +54,8 @@ class RMSNorm(nnx.RMSNorm):
         # The scale is multiplied in last, and not into the factor of the row as flax does: else XLA
         # on a GPU makes two kernels of a norm, which at a decode step is most of its time.
         y_BTD = x_BTD * lax.rsqrt(mean_BT1 + self.epsilon)
-        y_BTD *= jnp.broadcast_to(self.scale[...].astype(jnp.float32), y_BTD.shape)
+        scale_D = cast(nnx.Param, self.scale)[...].astype(jnp.float32)
+        y_BTD *= jnp.broadcast_to(scale_D, y_BTD.shape)
         return y_BTD.astype(self.output_dtype)
 
 

@@ -157,8 +157,8 @@ def test_ring_cache_puts_position_p_into_slot_p_mod_window():
 
 def test_ring_cache_writes_a_slot_once(monkeypatch):
     # Of two writes to one slot a GPU may keep either, a CPU keeps the last.
-    slots, write = [], caches._write
-    monkeypatch.setattr(caches, "_write", lambda *args: slots.append(args[3]) or write(*args))
+    slots, put = [], caches.put
+    monkeypatch.setattr(caches, "put", lambda *args: slots.append(args[1]) or put(*args))
     attention = module(1, window=3)
     attention.prefill(normal(0, 3, T, D), attention.init_cache(3, T), np.array([7, 2, 4]))
     assert [sorted(row) for row in slots[0].tolist()] == [

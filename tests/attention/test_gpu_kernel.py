@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mqa_jax
+from mqa_jax.attention import cache as caches
 from mqa_jax.attention import cached
 from mqa_jax.attention.functional import Logits, attend
 from mqa_jax.attention.kernels import gpu
@@ -74,7 +75,7 @@ def test_the_first_slots_of_each_row(heads, kv_heads, splits, dtype):
     query, key, value = arrays(3, 1, heads, kv_heads, slots, dtype)
     # What lies behind the end is not seen.
     key, value = jax.tree.map(lambda x: x.at[1, :, 1:].set(100), (key, value))
-    got = gpu.flash_decode(
+    got, _ = gpu.flash_decode(
         query, key, value, end_B=end, scale=0.3, splits=splits, block=16, interpret=True
     )
     assert got.dtype == query.dtype
@@ -91,7 +92,7 @@ def test_masks_of_every_query_and_of_all(length, mask_length, dtype, splits):
     query, key, value = arrays(2, length, 6, 2, 70, dtype)
     mask = jnp.asarray(np.random.default_rng(3).random((2, mask_length, 70)) < 0.4)
     mask = mask.at[1, 0].set(False)  # A query that sees nothing.
-    got = gpu.flash_decode(
+    got, _ = gpu.flash_decode(
         query, key, value, mask_BTS=mask, scale=0.3, splits=splits, block=16, interpret=True
     )
     close(got, plain(query, key, value, mask[:, None]))
@@ -118,9 +119,8 @@ def test_what_is_not_seen_may_be_anything_and_what_is_seen_spoils_its_query(kind
     elif kind == "mask_of_each":
         mask = mask.at[:, 1:3, 7].set(True).at[:, 3:, 7].set(False).at[:, 0, 7].set(False)
     masks = dict(end_B=jnp.array([70, 40])) if kind == "end" else dict(mask_BTS=mask)
-    run = functools.partial(
-        gpu.flash_decode, scale=0.3, splits=splits, block=16, interpret=True, **masks
-    )
+    options = dict(scale=0.3, splits=splits, block=16, interpret=True, **masks)
+    run = lambda *arrays: gpu.flash_decode(*arrays, **options)[0]  # noqa: E731
     expected = run(query, key, value)
     is_hidden_BS = ~jnp.any(mask, axis=1)
     key, value = (jnp.where(is_hidden_BS[:, None, :, None], bad, x) for x in (key, value))
@@ -138,7 +138,8 @@ def test_a_scale_that_is_not_finite_spoils_who_sees_its_vector(of_key, length):
     query, key, value = arrays(2, length, 6, 2, 70, "int8")
     mask = jnp.asarray(np.random.default_rng(3).random((2, length, 70)) < 0.4)
     mask = mask.at[:, -1].set(True).at[:, -1, 7].set(False).at[0, 0, 7].set(length == 1)
-    run = functools.partial(gpu.flash_decode, mask_BTS=mask, scale=0.3, block=16, interpret=True)
+    options = dict(mask_BTS=mask, scale=0.3, block=16, interpret=True)
+    run = lambda *arrays: gpu.flash_decode(*arrays, **options)[0]  # noqa: E731
     bad = key if of_key else value
     bad = dataclasses.replace(bad, scales=bad.scales.at[:, :, 7].set(jnp.nan))
     output = np.asarray(run(query, *((bad, value) if of_key else (key, bad))))
@@ -152,10 +153,56 @@ def test_a_cache_of_another_dtype_than_the_queries():
     query, key, value = arrays(2, 1, 6, 2, 70)
     key, value = (x.astype(jnp.bfloat16) for x in (key, value))
     end = jnp.array([70, 40])
-    got = gpu.flash_decode(query, key, value, end_B=end, scale=0.3, block=16, interpret=True)
+    got, _ = gpu.flash_decode(query, key, value, end_B=end, scale=0.3, block=16, interpret=True)
     assert got.dtype == query.dtype
     mask = (jnp.arange(70)[None] < end[:, None])[:, None, None]
     close(got, attend(query, key, value, mask, Logits(0.3)), "bfloat16")
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize(
+    ("kv_heads", "splits", "dtype"),
+    [
+        (1, 1, "float32"),
+        (2, 3, "float32"),
+        pytest.param(6, 1, "bfloat16", marks=pytest.mark.slow),
+        (1, 3, "int8"),
+        (2, 1, FP8),
+    ],
+)
+def test_a_token_that_is_written_and_attended_to(kv_heads, splits, dtype, with_mask):
+    slots, slot = 70, jnp.array([[6], [69], [0], [70], [caches.LOST]])
+    end = jnp.array([7, 70, 1, 40, 3])
+    query, key, value = arrays(5, 1, 6, kv_heads, slots, dtype)
+    new = [normal(i, 5, 1, kv_heads, H, dtype=query.dtype) for i in (3, 4)]
+    mask = (jnp.arange(slots)[None] < end[:, None])[:, None, None]
+    if with_mask:  # The first row does not see its own.
+        mask = (mask & (jnp.arange(slots) % 3 > 0)).at[2, :, :, 0].set(True)
+    put = caches.put((key, value), slot, tuple(new))
+    expected = plain(query, *put, mask)
+    if (
+        dtype == "float32"
+    ):  # What is written to is not read, nor what is written where it is hidden.
+        rows = jnp.arange(3)
+        key, value = (x.at[rows, :, slot[:3, 0]].set(jnp.nan) for x in (key, value))
+        if with_mask:
+            new[1] = new[1].at[0].set(jnp.nan)
+        put = caches.put((key, value), slot, tuple(new))
+    masks = dict(mask_BTS=mask[:, 0]) if with_mask else dict(end_B=end)
+    got, written = gpu.flash_decode(
+        query,
+        key,
+        value,
+        new=(tuple(new), slot),
+        scale=0.3,
+        splits=splits,
+        block=16,
+        interpret=True,
+        **masks,
+    )
+    close(got[:4], expected[:4], query.dtype.name)
+    assert np.all(np.isnan(got[4]))
+    jax.tree.map(np.testing.assert_array_equal, written, put)
 
 
 def test_splits_fill_the_gpu_and_no_more():

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mqa_jax.core.quantized import LARGEST, Held, Quantized
+from mqa_jax.core.quantized import LARGEST, Held, Quantized, held
 
 # Of a product on tensor cores.
 MIN_ROWS = 16
@@ -37,6 +37,7 @@ def flash_decode(
     key_BKSH: Held,
     value_BKSH: Held,
     *,
+    new: tuple[tuple[Array, Array], Array] | None = None,
     mask_BTS: Array | None = None,
     end_B: Array | None = None,
     scale: float,
@@ -45,7 +46,7 @@ def flash_decode(
     num_warps: int | None = None,
     num_stages: int | None = None,
     interpret: bool = False,
-) -> Array:
+) -> tuple[Array, tuple[Held, Held] | None]:
     """What `dot_product_attention` gives for the same arguments, but without a gradient.
 
     Slots that nothing may see can hold anything, NaN and infinities too.
@@ -54,6 +55,9 @@ def flash_decode(
       query_BTNH: queries, `T * N / K` of them at most 64.
       key_BKSH: keys in cache layout, floats or eight bits with a scale for each token and head.
       value_BKSH: values in cache layout, likewise.
+      new: keys and values, each `[B, 1, K, H]`, that are written to slots `[B, 1]` first, in place
+        where XLA finds that nobody reads the old ones; not where there is no such slot, and where
+        that is below 0 the row turns to NaN. With `T = 1`.
       mask_BTS: bool, True = attend; with `T = 1` for all queries alike. A query that may attend
         to nothing yields zeros.
       end_B: int32, only the first `end_B[b]` slots are read and attended to.
@@ -65,7 +69,7 @@ def flash_decode(
       interpret: run without a GPU, slowly.
 
     Returns:
-      `[B, T, N, H]` in the dtype of the queries.
+      `[B, T, N, H]` in the dtype of the queries; and, with `new`, the keys and values.
     """
     batch, length, num_heads, head_dim = query_BTNH.shape
     _, num_kv_heads, slots, _ = key_BKSH.shape
@@ -103,35 +107,50 @@ def flash_decode(
         (None, None, None, *shape), lambda b, k, c: (b, k, c) + (0,) * len(shape)
     )
     leading = (batch, num_kv_heads, splits)
+    held_BKSH = (key_BKSH, value_BKSH)
+    of_held = jax.tree.map(lambda x: per_head(*x.shape[2:]), held_BKSH)
+    written: tuple = () if new is None else held_BKSH
+    new_BKH, of_new, slot_B = None, None, None
+    if new is not None:
+        new_BKH = jax.tree.map(
+            lambda x: x[:, 0],
+            tuple(held(x, old.dtype) for x, old in zip(new[0], held_BKSH, strict=True)),
+        )
+        of_new, slot_B = jax.tree.map(lambda x: per_head(*x.shape[2:]), new_BKH), new[1][:, 0]
+    per_row = pl.BlockSpec((None,), lambda b, k, c: (b,))
     padded = max(MIN_ROWS, pl.next_power_of_2(rows))
     output_dtype = query_BTNH.dtype if splits == 1 else jnp.float32
-    output_BKCRH, largest_BKCR, total_BKCR = pl.pallas_call(
+    output_BKCRH, largest_BKCR, total_BKCR, held_BKSH = pl.pallas_call(
         kernel,
         grid=leading,
         in_specs=[
             per_head(padded, head_dim),
-            *(jax.tree.map(lambda x: per_head(*x.shape[2:]), x) for x in (key_BKSH, value_BKSH)),
-            pl.BlockSpec((None,), lambda b, k, c: (b,)),
+            of_held,
+            per_row,
             mask_BTS
             if mask_BTS is None
             else pl.BlockSpec((None, *mask_BTS.shape[1:]), lambda b, k, c: (b, 0, 0)),
+            of_new,
+            slot_B if slot_B is None else per_row,
         ],
-        out_specs=[partial(padded, head_dim), partial(padded), partial(padded)],
+        out_specs=[
+            partial(padded, head_dim),
+            partial(padded),
+            partial(padded),
+            of_held if written else (),
+        ],
         out_shape=[
             jax.ShapeDtypeStruct((*leading, rows, head_dim), output_dtype),
             jax.ShapeDtypeStruct((*leading, rows), jnp.float32),
             jax.ShapeDtypeStruct((*leading, rows), jnp.float32),
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), written),
         ],
+        # Behind the queries, and behind the other outputs.
+        input_output_aliases={1 + i: 3 + i for i in range(len(jax.tree.leaves(written)))},
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="flash_decode",
-    )(
-        query_BKRH,
-        key_BKSH,
-        value_BKSH,
-        end_B.astype(jnp.int32),
-        mask_BTS,
-    )
+    )(query_BKRH, held_BKSH, end_B.astype(jnp.int32), mask_BTS, new_BKH, slot_B)
 
     if splits == 1:
         output_BKRH = output_BKCRH[:, :, 0]
@@ -143,7 +162,9 @@ def flash_decode(
         share_BKCR /= jnp.where(all_BK1R == 0, 1, all_BK1R)
         output_BKRH = jnp.sum(output_BKCRH * share_BKCR[..., None], axis=2)
     output_BKTGH = output_BKRH.reshape(batch, num_kv_heads, length, -1, head_dim)
-    return jnp.moveaxis(output_BKTGH, 2, 1).reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+    output_BTNH = jnp.moveaxis(output_BKTGH, 2, 1).reshape(query_BTNH.shape)
+    output_BTNH = output_BTNH.astype(query_BTNH.dtype)
+    return output_BTNH, None if new is None else held_BKSH
 
 
 def _splits(heads: int, slots: int) -> int:
@@ -167,13 +188,15 @@ def _settings(dtype: jnp.dtype, splits: int) -> tuple[int, int, int]:
 
 def _kernel(
     query_ref: Any,  # [R, H], padded to a power of two, as are the outputs
-    key_ref: Any,  # [S, H], or `Quantized` with scales [S]
-    value_ref: Any,  # [S, H], likewise
+    held_refs: Any,  # Keys and values, each [S, H], or `Quantized` with scales [S].
     end_ref: Any,  # [], no slot from here on is seen
     mask_ref: Any,  # [T, S] bool, or None
+    new_refs: Any,  # As `held_refs`, without S; or None.
+    slot_ref: Any,  # [], where they go, or None
     output_ref: Any,  # [R, H]
     largest_ref: Any,  # [R]
     total_ref: Any,  # [R]
+    written_refs: Any,  # `held_refs`, to be written to, or nothing
     *,
     scale: float,
     block: int,
@@ -188,6 +211,35 @@ def _kernel(
     query_RH = triton.load(query_ref, mask=is_row_R[:, None], other=0)
     first = pl.program_id(2) * split_slots
     end = jnp.minimum(end_ref[()], first + split_slots)
+    (key_ref, key_scales_ref), (value_ref, value_scales_ref) = map(_values_and_scales, held_refs)
+    carry = (
+        jnp.zeros((padded, head_dim), jnp.float32),
+        jnp.full(padded, LEAST, jnp.float32),
+        jnp.zeros(padded, jnp.float32),
+    )
+    slot = None
+    if new_refs is not None:
+        # Attended to from registers, and left out where its slot comes by: to read there what was
+        # written would have to wait, and to put it in among the others takes each block longer.
+        slot, new = slot_ref[()], jax.tree.map(lambda ref: ref[...], new_refs)
+        is_here = (slot >= first) & (slot < jnp.minimum(first + split_slots, slots))
+        for ref, x in zip(jax.tree.leaves(written_refs), jax.tree.leaves(new), strict=True):
+            at = ref.at[(slot, *(slice(None),) * x.ndim)]
+            triton.store(at, x, mask=jnp.broadcast_to(is_here, x.shape))
+        is_here &= slot < end
+        if mask_ref is not None:
+            at, is_one = slot + jnp.arange(1), jnp.broadcast_to(is_here, (1,))
+            seen_1 = triton.load(mask_ref.at[0, at], mask=is_one, other=False)
+            is_here &= jnp.max(seen_1.astype(jnp.int32)) > 0
+        key_H, value_H = (x.widened() if isinstance(x, Quantized) else x for x in new)
+        product_RH = query_RH.astype(jnp.float32) * key_H.astype(jnp.float32)[None]
+        logit_R = jnp.sum(product_RH, axis=1) * scale
+        value_H = jnp.where(is_here, value_H.astype(jnp.float32), 0.0)
+        carry = (
+            carry[0] + value_H[None],
+            jnp.where(is_here, logit_R, LEAST),
+            jnp.where(is_here, jnp.ones_like(logit_R), 0.0),
+        )
 
     def attend(
         i: Array, carry: tuple[Array, Array, Array], *, is_careful: bool
@@ -199,17 +251,18 @@ def _kernel(
         is_slot_S = slot_S < slots
         mask_S1 = None if slots % block == 0 else is_slot_S[:, None]
         other = None if mask_S1 is None else 0.0
-        key_values_ref, key_scales_ref = _values_and_scales(key_ref)
-        value_values_ref, value_scales_ref = _values_and_scales(value_ref)
-        key_SH = triton.load(key_values_ref.at[at, :], mask=mask_S1, other=other)
+        key_SH = triton.load(key_ref.at[at, :], mask=mask_S1, other=other)
         is_seen_S = (slot_S < end) & is_slot_S
+        if slot is not None:
+            is_seen_S &= slot_S != slot
         if mask_ref is not None and length == 1:  # A mask of one query serves all rows.
             is_seen_S &= triton.load(mask_ref.at[0, slot_S], mask=is_slot_S, other=False)
         is_seen_RS = is_seen_S[None]
         # A weight of zero does not keep a NaN out of the product: what no row sees is not loaded.
         # Eight bits are finite, and so need not wait for the mask.
         seen_S1, zero = (is_seen_S[:, None], 0.0) if value_scales_ref is None else (mask_S1, other)
-        value_SH = triton.load(value_values_ref.at[at, :], mask=seen_S1, other=zero)
+        value_SH = triton.load(value_ref.at[at, :], mask=seen_S1, other=zero)
+
         logits_RS = triton.dot(query_RH, key_SH.astype(query_RH.dtype).T) * scale
         if key_scales_ref is not None:
             logits_RS *= triton.load(key_scales_ref.at[at], mask=is_slot_S, other=0)[None]
@@ -238,14 +291,9 @@ def _kernel(
         added_RH = triton.dot(weights_RS.astype(value_SH.dtype), value_SH)
         return output_RH * shrink_R[:, None] + added_RH, new_largest_R, total_R
 
-    carry = (
-        jnp.zeros((padded, head_dim), jnp.float32),
-        jnp.full(padded, LEAST, jnp.float32),
-        jnp.zeros(padded, jnp.float32),
-    )
     blocks = jnp.maximum(end - first + block - 1, 0) // block
     found = lax.fori_loop(0, blocks, functools.partial(attend, is_careful=False), carry)
-    if length > 1 and not isinstance(value_ref, Quantized):  # Eight bits are finite.
+    if length > 1 and value_scales_ref is None:  # Eight bits are finite.
         # Rows that see different slots: a value that is not finite has come to all of them, seen or
         # not. To look at every value costs a fifth of the time, so that is done where it is needed
         # alone, by a loop that has nothing to do otherwise.
@@ -257,6 +305,8 @@ def _kernel(
         )
     output_RH, largest_R, total_R = found
     output_RH /= jnp.where(total_R == 0, 1, total_R)[:, None]
+    if slot is not None:
+        output_RH = jnp.where(slot < 0, jnp.nan, output_RH)
     triton.store(output_ref, output_RH.astype(output_ref.dtype), mask=is_row_R[:, None])
     triton.store(largest_ref, largest_R, mask=is_row_R)
     triton.store(total_ref, total_R, mask=is_row_R)
