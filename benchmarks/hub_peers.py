@@ -180,7 +180,9 @@ def hub_ours(_: str, dtype: str) -> Callable[[int, int], Run]:
             options = dict(beam_size=beam_size, alpha=1.0, beam_rules=TRANSFORMERS)
             search = functools.partial(beam_search, eos_id=None, **options)
 
-        @functools.partial(jax.jit, static_argnums=1, compiler_options=loop_options(params))
+        options = loop_options(params, batch * beam_size)
+
+        @functools.partial(jax.jit, static_argnums=1, compiler_options=options)
         def program(params, tokens):
             model = nnx.merge(graphdef, params)
             options = dict(search=search, max_new_tokens=tokens, bos_id=start)

@@ -41,6 +41,10 @@ class Batch(NamedTuple):
         """What tells its compiled program from others."""
         return tuple(np.shape(x) for x in jax.tree.leaves(self.given)), *self.given, self.limit
 
+    @property
+    def rows(self) -> int:
+        return np.shape(jax.tree.leaves(self.given)[0])[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Batcher:

@@ -396,7 +396,7 @@ class Generator:
         given = batch.given if self._rows is None else jax.device_put(batch.given, self._rows)
         if key not in self._compiled:
             lowered = run.lower(params, given, **options)
-            self._compiled[key] = lowered.compile(loop_options(params))
+            self._compiled[key] = lowered.compile(loop_options(params, batch.rows))
         options.pop("limit", None)
         compiled = time.perf_counter()
         result = jax.device_get(self._compiled[key](params, given, **options))

@@ -197,7 +197,8 @@ class Parts:
             return
         params = nnx.as_pure(params)
         first = self._first.lower(params, batch.given, batch.keys, limit=batch.limit)
-        compiled = first.compile(loop_options(params))
+        options = loop_options(params, batch.rows)
+        compiled = first.compile(options)
         start, decoded, _ = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             first.out_info,
@@ -205,7 +206,7 @@ class Parts:
         )
         most_B = jax.ShapeDtypeStruct(decoded.length.shape, jnp.int32)
         more = self._more.lower(params, start, batch.keys, most_B, decoded)
-        self._compiled[key] = compiled, more.compile(loop_options(params))
+        self._compiled[key] = compiled, more.compile(options)
 
     def __call__(
         self, params: nnx.State, batch: Batch, most_B: np.ndarray

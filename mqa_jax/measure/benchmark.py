@@ -323,7 +323,8 @@ class _Bench:
             return decoded.tokens, decoded.cache
 
         args = (self.params, self.cache, self.context, self.tokens_B)
-        program = self._compile(decode, *args, donate=1, options=loop_options(self.params))
+        options = loop_options(self.params, self.tokens_B.size)
+        program = self._compile(decode, *args, donate=1, options=options)
 
         def run() -> float:
             cache = _with_length(self.cache, self.context_length - self.steps)
@@ -343,9 +344,9 @@ class _Bench:
             logits_BV, cache = self._step_fn(params, context)(tokens_B, cache)
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
-        program = self._compile(
-            step, self.params, self.cache, self.context, self.tokens_B, donate=1
-        )
+        args = (self.params, self.cache, self.context, self.tokens_B)
+        options = product_options(self.params, self.tokens_B.size)
+        program = self._compile(step, *args, donate=1, options=options)
 
         def steps() -> Array:
             tokens_B = self.tokens_B
@@ -378,7 +379,8 @@ class _Bench:
             return decoded.tokens, decoded.steps
 
         args = (self.params, cache, self.context, self.tokens_B)
-        program = self._compile(decode, *args, options=loop_options(self.params))
+        options = loop_options(self.params, self.tokens_B.size * BEAM_SIZE)
+        program = self._compile(decode, *args, options=options)
         # Every run begins with expanding the caches, which is no part of a step.
         expand_beams = self._compile(functools.partial(expand, beam_size=BEAM_SIZE), cache)
 

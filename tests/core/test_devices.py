@@ -28,13 +28,16 @@ def test_a_loop_is_one_cuda_graph_where_there_are_such(kind, flags, is_told, mon
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "AMD Instinct MI300X", "cpu"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "bfloat16"])
-def test_products_of_float8_are_not_left_to_xla_on_nvidia(kind, dtype, monkeypatch):
+def test_products_of_float8_and_of_many_rows_are_not_left_to_xla_on_nvidia(
+    kind, dtype, monkeypatch
+):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
     params = {"norm": jnp.ones(2), "weight": jnp.ones((2, 2), dtype)}
-    is_told = kind.startswith("NVIDIA") and dtype == "float8_e4m3fn"
     name = "xla_gpu_enable_triton_gemm"
-    for options in (devices.product_options(params), devices.loop_options(params)):
-        assert options.get(name, True) != is_told
+    for rows in (1, 63, 64):
+        is_told = kind.startswith("NVIDIA") and (dtype == "float8_e4m3fn" or rows == 64)
+        for options in (devices.product_options(params, rows), devices.loop_options(params, rows)):
+            assert options.get(name, True) != is_told
     assert name not in devices.loop_options()
 
 
