@@ -281,14 +281,15 @@ class Attention(Projections):
             new_cache, held, key_positions_BS, is_lost_B = cache.append(
                 key_BTKH, value_BTKH, lengths_B
             )
-        mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
-        slots = held[0].shape[2]
+        mask, slots = (
+            causal_mask(query_positions_BT, key_positions_BS, self.window),
+            held[0].shape[2],
+        )
         shape_BNTS = batch, query_BTNH.shape[2], length, slots
         logits = self._logits(_bias(bias, query_positions_BT, key_positions_BS, shape_BNTS))
         if length == 1:
             # A token that comes alone sees all that is held; of a ring, what is not overwritten.
-            sees_all = self.window in (None, slots)
-            end_B = jnp.minimum(new_cache.length, slots) if sees_all else None
+            end_B = jnp.minimum(new_cache.length, slots) if self.window in (None, slots) else None
             output_BTNH, (key_BKSH, value_BKSH) = append_and_attend(
                 query_BTNH, held, (key_BTKH, value_BTKH), slot_BT, mask, end_B, logits
             )
