@@ -4,6 +4,9 @@ Array letters:
   B batch   T query length   S key/value length   N query heads
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +100,18 @@ def check_window(window: int | None) -> int | None:
     return None if window is None else check_integer("window", window)
 
 
+def bias_of(
+    bias: ArrayLike | Callable[[Any, Any], Array] | None,
+    query_positions: Any,
+    key_positions: Any,
+    shape_BNTS: tuple[int, ...],
+) -> Array | None:
+    """A bias that was given, or that a function makes of positions."""
+    if callable(bias):
+        bias = bias(query_positions, key_positions)
+    return None if bias is None else check_bias(bias, shape_BNTS)
+
+
 def check_lengths(lengths_B: Array, length: int) -> Array:
     """bool `[B]`, rows whose length is outside `0 .. length`: raised where that is known."""
     is_wrong_B = (lengths_B < 0) | (lengths_B > length)
@@ -106,3 +121,8 @@ def check_lengths(lengths_B: Array, length: int) -> Array:
             f"from 0 to {length}"
         )
     return is_wrong_B
+
+
+def without_padding(x_BTD: Array, is_token_BT: Array) -> Array:
+    """Zeros where there is no token, whatever was there."""
+    return jnp.where(is_token_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))

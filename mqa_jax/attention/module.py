@@ -27,7 +27,13 @@ from mqa_jax.attention.cache import (
 )
 from mqa_jax.attention.cached import append_and_attend, attend_to_cache
 from mqa_jax.attention.functional import attend_finite, attend_seen, finite, heads_first, spoil
-from mqa_jax.attention.masks import causal_mask, check_bias, check_lengths, check_mask
+from mqa_jax.attention.masks import (
+    bias_of,
+    causal_mask,
+    check_lengths,
+    check_mask,
+    without_padding,
+)
 from mqa_jax.attention.positions import BiasFunction
 from mqa_jax.attention.projections import Options, Projections, cache_spec, cross_cache_spec
 from mqa_jax.core.arrays import as_floats, as_integers
@@ -141,7 +147,7 @@ class Attention(Projections):
                         f"positions_BT must be [B, T] = {[batch, length]} (or one row for all), "
                         f"not {list(at_BT.shape)}"
                     )
-        added = _bias(bias, at_BT, at_BT, shape_BNTS)
+        added = bias_of(bias, at_BT, at_BT, shape_BNTS)
         if is_causal or self.window is not None:
             positions = jnp.arange(length)[None]
             causal = causal_mask(positions, positions, self.window)
@@ -286,7 +292,7 @@ class Attention(Projections):
             held[0].shape[2],
         )
         shape_BNTS = batch, query_BTNH.shape[2], length, slots
-        logits = self._logits(_bias(bias, query_positions_BT, key_positions_BS, shape_BNTS))
+        logits = self._logits(bias_of(bias, query_positions_BT, key_positions_BS, shape_BNTS))
         if length == 1:
             # A token that comes alone sees all that is held; of a ring, what is not overwritten.
             end_B = jnp.minimum(new_cache.length, slots) if self.window in (None, slots) else None
@@ -319,7 +325,7 @@ class Attention(Projections):
         key_positions_1S = jnp.tile(jnp.arange(slots), beam_size)[None]
         query_positions_Bb = position_R1.reshape(batch, beam_size)
         shape_BNbS = batch, query_BbNH.shape[2], beam_size, beam_size * slots
-        added = _bias(bias, query_positions_Bb, key_positions_1S, shape_BNbS)
+        added = bias_of(bias, query_positions_Bb, key_positions_1S, shape_BNbS)
         cache, key_BKSH, value_BKSH, mask, is_lost_Bb = cache.append(key_BbKH, value_BbKH)
         output_BbNH = attend_to_cache(
             query_BbNH, key_BKSH, value_BKSH, mask, logits=self._logits(added)
@@ -408,19 +414,6 @@ class Attention(Projections):
             hint = " (one row: x[None])" if x.ndim == 2 else ""
             raise ValueError(f"{name} must have shape {expected}, not {list(x.shape)}{hint}")
         return x
-
-
-def _bias(
-    bias: Bias | None, query_positions: Any, key_positions: Any, shape_BNTS: tuple[int, ...]
-) -> Array | None:
-    """A bias that was given, or that a function makes of positions."""
-    if callable(bias):
-        bias = bias(query_positions, key_positions)
-    return None if bias is None else check_bias(bias, shape_BNTS)
-
-
-def without_padding(x_BTD: Array, is_token_BT: Array) -> Array:
-    return jnp.where(is_token_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
 
 
 class MultiHeadAttention(Attention):

@@ -16,8 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from mqa_jax.attention.cache import CrossCache
-from mqa_jax.attention.masks import padding_mask, segment_mask
-from mqa_jax.attention.module import Attention, SelfCache, without_padding
+from mqa_jax.attention.masks import padding_mask, segment_mask, without_padding
+from mqa_jax.attention.module import Attention, SelfCache
 from mqa_jax.attention.positions import RelativeBias, sinusoids
 from mqa_jax.core.arrays import as_integers
 from mqa_jax.core.checks import check_integer
