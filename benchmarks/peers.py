@@ -10,7 +10,7 @@ at a time; they take turns for `--rounds` rounds, and each figure is the median 
 
   ours           `greedy` and `beam_search` over `EncoderDecoder`, one jitted loop
   transformers   T5 of that size, greedily, a loop over `model(...)` with its own cache
-  ctranslate2    its Transformer, the time to 160 tokens less the time to 128
+  ctranslate2    its Transformer, the time to 160 tokens less that to 128, each the median of three
 
 `--peers_python` is the interpreter to run the peers with, where they are installed apart.
 `hub_peers.py` does the same with models of the hub, `gpu_peers.py` on a GPU.
@@ -190,7 +190,9 @@ def ctranslate2_model(variant: str, precision: str) -> Callable[[int, int], Run]
             return time.perf_counter() - start
 
         def run(directory=directory) -> float:  # Its files must not go before the model does.
-            return (seconds_to(CONTEXT + STEPS) - seconds_to(CONTEXT)) / STEPS
+            lengths = (CONTEXT, CONTEXT + STEPS)
+            before, behind = (statistics.median(seconds_to(n) for _ in range(3)) for n in lengths)
+            return (behind - before) / STEPS
 
         seconds_to(4)
         return run
