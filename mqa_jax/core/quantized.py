@@ -34,7 +34,7 @@ CACHE_DTYPES = ("float32", "bfloat16", "int8", "fp8")
 
 SCALES = "scales"  # The name of `QuantizedWeight.scales` in the state of a model.
 
-# A row of nothing larger is a row of zeros: its scale would have no inverse.
+# The largest number of a row counts as no less, so that its scale has an inverse.
 SMALLEST = 1e-30
 
 
@@ -103,8 +103,7 @@ class QuantizedWeight(nnx.Module):
                 f"a weight {axes}{list(weight.shape)} has numbers that are not finite, so that "
                 "there is nothing to quantize"
             )
-        # A scale for each output, which divides nothing where all are zero.
-        scales = jnp.where(scales > 0, scales, 1.0).reshape(scales.shape[:-num_inputs])
+        scales = scales.reshape(scales.shape[:-num_inputs])
         self.values = nnx.Param(values, axes=axes)
         self.scales = nnx.Param(scales, axes=axes[: scales.ndim])
 
@@ -127,8 +126,8 @@ def rounded(x: Array, num_inputs: int, dtype: DTypeLike) -> tuple[Array, Array]:
     is less than a 64th of a scale by a 1024th of one.
 
     Returns:
-      the values; and scales, float32, of which the last `num_inputs` axes are 1: 0 where `x` is 0
-      throughout, and not finite where a number of `x` is not.
+      the values; and scales, float32, above 0, of which the last `num_inputs` axes are 1; not finite
+      where a number of `x` is not, whose values are 0.
     """
     dtype = jnp.dtype(dtype)
     x = x.astype(jnp.float32)

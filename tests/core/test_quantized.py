@@ -37,6 +37,7 @@ def test_each_number_is_as_near_as_its_scale_lets_it_be(dtype):
     x = RNG.normal(size=(64, 50)).astype(np.float32) * np.logspace(-30, 30, 64)[:, None]
     x = x.astype(np.float32)
     x[3], x[4, 7] = 0.0, 1e4 * np.max(np.abs(x[4]))  # Nothing, and one that stands out.
+    x[5:7] = np.array([[1e-35], [1e-44]])  # Next to nothing.
     values, scales = rounded(jnp.asarray(x), 1, dtype)
     assert values.dtype == dtype and scales.dtype == jnp.float32 and scales.shape == (64, 1)
     kept = np.asarray(values, np.float64) * np.asarray(scales, np.float64)
@@ -46,9 +47,9 @@ def test_each_number_is_as_near_as_its_scale_lets_it_be(dtype):
         most = np.maximum(np.abs(x) / 16, 2.0**-10 * scales)
     rounding = 1e-6 * np.abs(x)
     assert np.all(np.abs(kept - x) <= most + rounding)
-    assert not np.any(values[3]) and float(scales[3, 0]) == 0
+    assert not np.any(values[3]) and np.all(scales > 0)
     largest = np.max(np.abs(np.asarray(values, np.float32)), axis=1)
-    assert np.all(np.delete(largest, 3) == LARGEST[dtype])
+    assert np.all(np.delete(largest, [3, 5, 6]) == LARGEST[dtype])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -149,4 +150,4 @@ def test_what_no_weight_is():
         QuantizedWeight(weight, 1, "int8")[0]
     nothing = QuantizedWeight(nnx.Param(jnp.zeros((2, 3))), 1, "int8")
     np.testing.assert_array_equal(nothing[...].widened(), np.zeros((2, 3)))
-    np.testing.assert_array_equal(nothing.scales[...], np.ones(2))
+    assert np.all(nothing.scales[...] > 0)
