@@ -126,8 +126,8 @@ def rounded(x: Array, num_inputs: int, dtype: DTypeLike) -> tuple[Array, Array]:
     is less than a 64th of a scale by a 1024th of one.
 
     Returns:
-      the values; and scales, float32, above 0, of which the last `num_inputs` axes are 1; not finite
-      where a number of `x` is not, whose values are 0.
+      the values; and scales, float32, above 0, of which the last `num_inputs` axes are 1. Where a
+      number of `x` is not finite the values are 0, and the scale tells.
     """
     dtype = jnp.dtype(dtype)
     x = x.astype(jnp.float32)
