@@ -162,11 +162,12 @@ def _kernel(
     batch, heads, kv_heads = decode_axes(mesh, rows, num_heads, held[0].shape[1])
     query, key = P(batch, None, heads, None), P(batch, kv_heads, None, None)
     of_held = tuple(held_spec(key, x.dtype) for x in held)
-    of_new = P(batch, None, kv_heads, None)
+    token = P(batch, None, kv_heads, None)
+    of_new = None if new is None else ((token, token), P(batch))
     mapped = jax.shard_map(
         functools.partial(_bind, scale=scale),
         mesh=mesh,
-        in_specs=(query, of_held, ((of_new, of_new), P(batch)), P(batch), P(batch)),
+        in_specs=(query, of_held, of_new, P(batch), P(batch)),
         out_specs=(query, None if new is None else of_held),
         check_vma=False,
     )

@@ -431,6 +431,18 @@ def test_each_device_runs_the_kernel_on_its_own_part(
     assert {(shape[0], shape[2]) for shape in _kernel_everywhere} == {local}
 
 
+def test_each_device_has_its_part_of_a_memory(lowered_kernels):
+    attention = mqa_jax.Attention(16, 4, 2, H, rngs=nnx.Rngs(0))
+    memory, x = normal(5, 8, 9, 16), normal(6, 8, 1, 16)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, P("data"))
+    cache = jax.device_put(attention.init_cross_cache(memory), rows)
+    step = jax.jit(lambda x, cache: attention.decode(x, cache)[0])
+    with jax.set_mesh(mesh):
+        step.trace(jax.device_put(x, rows), cache).lower(**CUDA)
+    assert lowered_kernels == [(2, 1, 2, H)]
+
+
 def test_one_device_of_several_has_the_kernel_too(lowered_kernels):
     step, arguments = decode_step()
     arguments = jax.device_put(arguments, jax.devices()[3])
