@@ -74,7 +74,7 @@ def test_a_run_in_eight_bits_is_a_run(project, tmp_path, monkeypatch, capfd):
     eights = ["--config.train.batch_size=8", "--config.evaluate.batch_size=8"]
     flags = [*map(str, train_args(project, str(out), *eights))][1:]
     assert main(["train", *flags]) == 2
-    assert "is a converted model, no run to go on with" in capfd.readouterr().err
+    assert "has weights in eight bits, which are not trained further" in capfd.readouterr().err
     flags = [*map(str, train_args(project, "more", f"--config.init_from={out}", *eights))][1:]
     assert main(["train", *flags]) == 2
     assert "weights of eight bits have no gradients" in capfd.readouterr().err
