@@ -13,6 +13,7 @@ Array letters, those of `jax.nn.dot_product_attention`:
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +210,17 @@ def attend_seen(
     return output_BTNH, is_bad_BTKG.reshape(is_bad_BTN.shape)
 
 
-def finite(x: Array) -> tuple[Array, Array]:
+@overload
+def finite(x: Array) -> tuple[Array, Array]: ...
+@overload
+def finite(x: Quantized) -> tuple[Quantized, Array]: ...
+
+
+def finite(x: Held) -> tuple[Held, Array]:
     """`x` with zeros for what is not finite; and which vectors, its last axis, were not."""
+    if isinstance(x, Quantized):  # Whose scales tell.
+        is_finite = jnp.isfinite(x.scales)
+        return dataclasses.replace(x, scales=jnp.where(is_finite, x.scales, 0.0)), ~is_finite
     is_finite = jnp.isfinite(x)
     return jnp.where(is_finite, x, jnp.zeros((), x.dtype)), ~jnp.all(is_finite, axis=-1)
 

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from mqa_jax import Attention
+from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.positions import Rope
-from mqa_jax.core.quantized import Quantized
+from mqa_jax.core.quantized import Quantized, held
 
 B, T, D, H = 3, 6, 16, 8
 RNG = np.random.default_rng(0)
@@ -176,3 +177,24 @@ def test_a_cache_can_be_donated():
     cache = ours.init_cache(B, 4)
     _, after = step(X[:, :1], cache)
     assert all(x.is_deleted() for x in jax.tree.leaves(cache)) and int(after.length[0]) == 1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("length", [1, 3])
+def test_queries_have_a_gradient(dtype, length):
+    """As over floats; a scale that is hidden and not finite has no part in it."""
+    draw = np.random.default_rng(2).normal
+    query = jnp.asarray(draw(size=(2, length, 4, H)), jnp.float32)
+    key, value = (held(jnp.asarray(draw(size=(2, 2, 7, H)), jnp.float32), dtype) for _ in range(2))
+    mask = jnp.arange(7)[None, None, None] < jnp.array([5, 2])[:, None, None, None]
+
+    def gradient(key, value):
+        return jax.grad(lambda query: jnp.sum(jnp.sin(attend_to_cache(query, key, value, mask))))(
+            query
+        )
+
+    expected = gradient(key.widened(), value.widened())
+    key, value = (
+        dataclasses.replace(x, scales=x.scales.at[..., 6].set(jnp.nan)) for x in (key, value)
+    )
+    np.testing.assert_allclose(gradient(key, value), expected, rtol=1e-5, atol=1e-6)
