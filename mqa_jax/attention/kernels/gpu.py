@@ -188,10 +188,10 @@ def _settings(dtype: jnp.dtype, splits: int) -> tuple[int, int, int]:
 
 def _kernel(
     query_ref: Any,  # [R, H], padded to a power of two, as are the outputs
-    held_refs: Any,  # Keys and values, each [S, H], or `Quantized` with scales [S].
+    held_refs: Any,  # keys and values, each [S, H], or `Quantized` with scales [S]
     end_ref: Any,  # [], no slot from here on is seen
     mask_ref: Any,  # [T, S] bool, or None
-    new_refs: Any,  # As `held_refs`, without S; or None.
+    new_refs: Any,  # as `held_refs`, without S, or None
     slot_ref: Any,  # [], where they go, or None
     output_ref: Any,  # [R, H]
     largest_ref: Any,  # [R]
