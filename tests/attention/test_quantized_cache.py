@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from mqa_jax import Attention
+from mqa_jax.attention import cache as caches
 from mqa_jax.attention.cached import attend_to_cache
 from mqa_jax.attention.positions import Rope
 from mqa_jax.core.quantized import Quantized, held
@@ -198,3 +199,16 @@ def test_queries_have_a_gradient(dtype, length):
         dataclasses.replace(x, scales=x.scales.at[..., 6].set(jnp.nan)) for x in (key, value)
     )
     np.testing.assert_allclose(gradient(key, value), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_tpu_writes_what_others_write(dtype):
+    draw = np.random.default_rng(3).normal
+    buffers = tuple(held(jnp.asarray(draw(size=(4, 2, 7, H)), jnp.float32), dtype) for _ in "kv")
+    new = tuple(jnp.asarray(draw(size=(4, 1, 2, H)), jnp.float32) for _ in "kv")
+    slot = jnp.array([[0], [6], [7], [caches.LOST]])
+    expected = caches.put(buffers, slot, new)
+    for buffer, x, there in zip(buffers, new, expected, strict=True):
+        found = caches._put_chosen(buffer, slot, x)
+        jax.tree.map(np.testing.assert_array_equal, found, there)
+        assert np.any(found.values != buffer.values)
