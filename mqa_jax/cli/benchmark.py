@@ -195,8 +195,10 @@ def tell_batches(
     from mqa_jax.model.transformer import MODELS
 
     sizes = {name: TransformerConfig(**config.model.to_dict()) for name, config in configs.items()}
-    print(f"rows that fit into {memory / 1e9:.4g} GB, and how many times those of the first line")
-    print(f"{'context':45}" + "".join(f"{length:>17,}" for length in context_lengths))
+    lines = [
+        f"rows that fit into {memory / 1e9:.4g} GB, and how many times those of the first line",
+        f"{'context':45}" + "".join(f"{length:>17,}" for length in context_lengths),
+    ]
     first: list[int] = []
     for variant, precision in rows_of(sizes, **precisions):
         batches = []
@@ -210,7 +212,8 @@ def tell_batches(
             f"{batch:,} ({batch / of:.3g})" if of else f"{batch:,}"
             for batch, of in zip(batches, first, strict=True)
         ]
-        print(f"{f'{variant}, {precision}':45}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(f"{f'{variant}, {precision}':45}" + "".join(f"{cell:>17}" for cell in cells))
+    print("\n".join(lines))
 
 
 def integers(args: flags.FlagValues, name: str) -> list[int]:
