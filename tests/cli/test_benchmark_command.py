@@ -72,6 +72,9 @@ def test_what_fits_is_told_and_nothing_measured(tmp_path, monkeypatch, capsys):
             capsys.readouterr().err
         )
     assert main([*args, "--variants=multi_query", "--quantize=none", "--memory=device"]) == 0
+    assert capsys.readouterr().out
+    assert main([*args, "--memory=16GB", "--cache_dtype=int4"]) == 2
+    assert capsys.readouterr().out == ""  # No heading of a table that does not come.
 
 
 @pytest.mark.slow
