@@ -282,26 +282,24 @@ class Attention(Projections):
         key_BTKH, value_BTKH = self.project_key_value(x_BTD, query_positions_BT)
         if length == 1:
             slot_BT, new_cache, key_positions_BS = cache.place(length, lengths_B)
-            held = cache.key, cache.value
+            buffers = cache.key, cache.value
         else:
-            new_cache, held, key_positions_BS, is_lost_B = cache.append(
+            new_cache, buffers, key_positions_BS, is_lost_B = cache.append(
                 key_BTKH, value_BTKH, lengths_B
             )
-        mask, slots = (
-            causal_mask(query_positions_BT, key_positions_BS, self.window),
-            held[0].shape[2],
-        )
+        slots = buffers[0].shape[2]
+        mask = causal_mask(query_positions_BT, key_positions_BS, self.window)
         shape_BNTS = batch, query_BTNH.shape[2], length, slots
         logits = self._logits(bias_of(bias, query_positions_BT, key_positions_BS, shape_BNTS))
         if length == 1:
             # A token that comes alone sees all that is held; of a ring, what is not overwritten.
             end_B = jnp.minimum(new_cache.length, slots) if self.window in (None, slots) else None
             output_BTNH, (key_BKSH, value_BKSH) = append_and_attend(
-                query_BTNH, held, (key_BTKH, value_BTKH), slot_BT, mask, end_B, logits
+                query_BTNH, buffers, (key_BTKH, value_BTKH), slot_BT, mask, end_B, logits
             )
             new_cache = dataclasses.replace(new_cache, key=key_BKSH, value=value_BKSH)
         else:
-            output_BTNH = attend_to_cache(query_BTNH, *held, mask, logits=logits)
+            output_BTNH = attend_to_cache(query_BTNH, *buffers, mask, logits=logits)
             output_BTNH = jnp.where(is_lost_B[:, None, None, None], jnp.nan, output_BTNH)
         return self.project_output(output_BTNH), cast(AnySelfCache, new_cache)
 

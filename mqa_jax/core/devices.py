@@ -71,7 +71,7 @@ def product_options(params: Any, rows: int = 1) -> dict[str, str | bool]:
 
     Args:
       params: the weights.
-      rows: tokens of a decode step, with its beams; 1 for what is no decode step.
+      rows: tokens of a decode step, with its beams; 1 where that is not known.
     """
     has_fp8 = any(x.dtype == FP8 for x in jax.tree.leaves(params))
     is_told = (has_fp8 or rows >= MANY_ROWS) and _is_nvidia()

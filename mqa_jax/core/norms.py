@@ -51,8 +51,8 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x_BTD: ArrayLike) -> Array:  # type: ignore[override]  # Without a mask.
         x_BTD = as_floats("x_BTD", x_BTD, self.num_features).astype(jnp.float32)
         mean_BT1 = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
-        # The scale is multiplied in last, and not into the factor of the row as flax does: else XLA
-        # on a GPU makes two kernels of a norm, which at a decode step is most of its time.
+        # The scale is multiplied in last, and not into the factor of the row as flax does: XLA on a
+        # GPU then has one kernel for a norm, where it makes two.
         y_BTD = x_BTD * lax.rsqrt(mean_BT1 + self.epsilon)
         scale_D = cast(nnx.Param, self.scale)[...].astype(jnp.float32)
         y_BTD *= jnp.broadcast_to(scale_D, y_BTD.shape)

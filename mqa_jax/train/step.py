@@ -3,6 +3,7 @@
 Array letters: B batch   T target length   V vocabulary
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from mqa_jax.core.checks import check_integer, check_number
+from mqa_jax.core.devices import product_options
 from mqa_jax.core.sharding import ShardingRules, on_mesh
 from mqa_jax.data import OWN_IDS, SpecialIds
 from mqa_jax.model.transformer import Model
@@ -263,9 +265,9 @@ def make_eval_step(
       rules: those of the parameters; `ShardingRules()` when None.
       ids: as for `make_train_step`.
     """
-    graphdef = nnx.graphdef(model)
+    graphdef, weights = nnx.split(model)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=product_options(weights))
     def eval_step(params: nnx.State, batch: Batch) -> Metrics:
         with on_mesh(mesh, rules or ShardingRules()):
             logits_BTV = apply(nnx.merge(graphdef, params), batch, None, ids)

@@ -262,13 +262,12 @@ def check(workdir: Path, about: Mapping[str, Any]) -> None:
         raise ValueError(f"{checkpoints} is a file: move it away, or name another --workdir")
     if not (workdir / CONFIG).exists():
         return
-    kept = read_json(workdir / CONFIG)
-    if kept.get("model", {}).get("quantized"):
-        raise ValueError(
-            f"--workdir {workdir} has weights in eight bits, which are not trained further: train "
-            "the run that they were made of"
-        )
-    if CONVERTED in kept:
+    if CONVERTED in (kept := read_json(workdir / CONFIG)):
+        if kept["model"].get("quantized"):  # Which an earlier version did not have.
+            raise ValueError(
+                f"--workdir {workdir} has weights in eight bits, which are not trained further: "
+                "train the run that they were made of"
+            )
         raise ValueError(
             f"--workdir {workdir} is a converted model, no run to go on with: give it as "
             f"--config.init_from={workdir}, and another --workdir"

@@ -182,9 +182,8 @@ def test_a_token_that_is_written_and_attended_to(kv_heads, splits, dtype, with_m
         mask = (mask & (jnp.arange(slots) % 3 > 0)).at[2, :, :, 0].set(True)
     put = caches.put((key, value), slot, tuple(new))
     expected = plain(query, *put, mask)
-    if (
-        dtype == "float32"
-    ):  # What is written to is not read, nor what is written where it is hidden.
+    if dtype == "float32":
+        # What is written to is not read, nor what is written where it is hidden.
         rows = jnp.arange(3)
         key, value = (x.at[rows, :, slot[:3, 0]].set(jnp.nan) for x in (key, value))
         if with_mask:

@@ -17,6 +17,7 @@ from stepping import (
     ADAFACTOR,
     ADAMW,
     GRADIENT_DESCENT,
+    SIZES,
     begin,
     both_tasks,
     close,
@@ -29,7 +30,9 @@ from stepping import (
     sentences,
 )
 
+from mqa_jax.core import devices
 from mqa_jax.data import BOS_ID
+from mqa_jax.model.transformer import build_model
 from mqa_jax.train.loss import apply, mean_metrics, token_losses
 from mqa_jax.train.step import make_eval_step, make_gradients, make_train_step
 
@@ -206,6 +209,18 @@ def test_dropout_depends_on_seed_and_step_alone():
     evaluated = float(mean_metrics(eval_step(state.params, batch))["loss"])
     assert evaluated not in losses
     np.testing.assert_allclose(np.mean(losses), evaluated, rtol=0.05)
+
+
+@pytest.mark.parametrize("quantized", [None, "fp8"])
+def test_an_evaluation_of_float8_leaves_its_products_to_cublas(quantized, monkeypatch):
+    """For one of them XLA on an NVIDIA GPU would take minutes."""
+    mesh, options, jit = mesh_of(1, 1, 1), [], jax.jit
+    model = build_model("language_model", SIZES | dict(quantized=quantized), rngs=nnx.Rngs(0))
+    monkeypatch.setattr(devices, "_is_nvidia", lambda: True)
+    monkeypatch.setattr(jax, "jit", lambda *args, **own: options.append(own) or jit(*args, **own))
+    make_eval_step(model, mesh)
+    expected = {} if quantized is None else {"xla_gpu_enable_triton_gemm": False}
+    assert options[-1].get("compiler_options") == expected
 
 
 @pytest.mark.slow
